@@ -1,0 +1,231 @@
+"""From records to tensors: the prompt template, the one encoder, the batches.
+
+An instruction record is {"instruction": …, "input": …, "output": …} (Alpaca), a story record {"text": …}. Both come as
+JSONL or as a JSON list. Every error names the file and the row.
+"""
+import hashlib
+import json
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from constraints import fold, normalize
+from model import IGNORE
+
+PROMPT = "Instruct: {}\nOutput:"  # the story follows at once, then EOS (the style of Phi-2)
+
+
+# ---- reading ----
+
+def read_records(path):
+    """Yield (row number, record) of a JSONL file or a JSON list. Rows count from 1; in JSONL they are lines."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:  # -sig: a byte order mark, if there is one, is no part of row 1
+            head = f.read(1)
+            while head.isspace():
+                head = f.read(1)
+            f.seek(0)
+            if head == "[":
+                yield from enumerate(json.load(f), 1)
+                return
+            for row, line in enumerate(f, 1):
+                if line.strip():
+                    try:
+                        yield row, json.loads(line)
+                    except json.JSONDecodeError as e:
+                        raise ValueError(f"{path}: row {row} is not JSON ({e.msg} at column {e.colno})") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: line {e.lineno} is not JSON ({e.msg})") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
+
+
+def text_field(path, row, record, names, required=True):
+    """The first of the fields `names` that the record has, stripped. Raises ValueError naming file and row."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: row {row} is {type(record).__name__}, not an object")
+    name = next((n for n in names if n in record), None)
+    if name is None and required:
+        raise ValueError(f"{path}: row {row} has no {names[0]!r}")
+    value = record[name] if name else ""
+    if not isinstance(value, str):
+        raise ValueError(f"{path}: row {row}: {name!r} is {type(value).__name__}, not a string")
+    if required and not value.strip():
+        raise ValueError(f"{path}: row {row}: {name!r} is empty")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"{path}: row {row}: {name!r} holds half of a surrogate pair, which is no character")
+    return value.strip()
+
+
+def read_instructions(path):
+    """-> list of (instruction, output). The instruction is `instruction`, then a newline and `input` if there is one."""
+    pairs = []
+    for row, record in read_records(path):
+        output = text_field(path, row, record, ["output"])
+        parts = [text_field(path, row, record, [name], required=False) for name in ("instruction", "input")]
+        pairs.append(("\n".join(filter(None, parts)), output))
+    if not pairs:
+        raise ValueError(f"{path}: no rows")
+    return pairs
+
+
+def read_stories(path):
+    """-> list of texts, from the field `text` (or `story_zh`)."""
+    texts = [text_field(path, row, record, ["text", "story_zh"]) for row, record in read_records(path)]
+    if not texts:
+        raise ValueError(f"{path}: no rows")
+    return texts
+
+
+def split_by_story(items, val_fraction, story=lambda item: item):
+    """-> (train, val). All items of one story fall on the same side, whatever their order or number: the side is
+    decided by a hash of the story's normalized text. At least one story is validation if val_fraction > 0."""
+    def place(item):  # uniform in [0, 1)
+        return int.from_bytes(hashlib.sha256(fold(story(item)).encode()).digest()[:8], "big") / 2**64
+
+    places = [place(item) for item in items]
+    threshold = max(val_fraction, np.nextafter(min(places), 1)) if val_fraction > 0 else 0
+    train = [item for item, p in zip(items, places) if p >= threshold]
+    val = [item for item, p in zip(items, places) if p < threshold]
+    if not train:
+        raise ValueError(f"--val-fraction {val_fraction} leaves no story to train on")
+    return train, val
+
+
+# ---- encoding ----
+
+def encode_prompt(tokenizer, instruction):
+    """An instruction as users write it -> the ids of the prompt. Training, sampling and evaluation all call this."""
+    return tokenizer.encode(PROMPT.format(normalize(instruction)))
+
+
+def encode_pair(tokenizer, instruction, output, block_size):
+    """-> (ids, labels), lists of equal length; labels are IGNORE on the prompt, the ids on story and EOS.
+
+    Prompt and story are encoded apart, so that the prompt has the same ids with and without a story behind it. What
+    exceeds block_size is cut, without an EOS that the story does not have there. None if the prompt leaves no room.
+    """
+    prompt = encode_prompt(tokenizer, instruction)
+    story = tokenizer.encode(output) + [tokenizer.eos_id]
+    if len(prompt) >= block_size:
+        return None
+    ids = (prompt + story)[:block_size]
+    return ids, [IGNORE] * len(prompt) + ids[len(prompt):]
+
+
+def encode_pairs(tokenizer, pairs, block_size, name):
+    """Encode all; what is cut or skipped is counted and printed. Raises ValueError if no row is left."""
+    rows = [encode_pair(tokenizer, *pair, block_size) for pair in pairs]
+    kept = [row for row in rows if row is not None]
+    cut = sum(ids[-1] != tokenizer.eos_id for ids, _ in kept)
+    print(f"{name}: {len(kept)} rows, {sum(len(ids) for ids, _ in kept):,} tokens; "
+          f"{cut} stories cut to --block-size {block_size}, {len(rows) - len(kept)} skipped (prompt too long)")
+    if rows and not kept:
+        raise ValueError(f"{name}: all {len(rows)} prompts are longer than --block-size {block_size}")
+    return kept
+
+
+# ---- batches ----
+
+def collate(rows):
+    """[(ids, labels)] -> x, y, both (B, T) int64: y[b, t] is what should follow x[b, t], or IGNORE."""
+    T = max(len(ids) for ids, _ in rows) - 1
+    T = -(-T // 8) * 8  # few distinct widths: kernels are set up anew for each
+    x = torch.zeros(len(rows), T, dtype=torch.long)
+    y = torch.full((len(rows), T), IGNORE)
+    for b, (ids, labels) in enumerate(rows):
+        x[b, :len(ids) - 1] = torch.tensor(ids[:-1])
+        y[b, :len(ids) - 1] = torch.tensor(labels[1:])
+    return x, y
+
+
+def by_length(rows, batch_size):
+    """Batches of rows of like length, for validation: every row once, little padding."""
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    return [collate(rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
+
+
+def fingerprint(arrays):
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array)
+    return digest.hexdigest()
+
+
+class PairBatches:
+    """batches(step) -> the micro-batches [(x, y)] of optimizer step 0, 1, 2, …
+
+    A pure function of seed and step, so a resumed run needs no sampler state. In each epoch every row comes once.
+    Rows are shuffled, then bucketed: within a pool of 32 steps they are sorted by length, so that a batch holds rows
+    of like length and little padding, and the steps are shuffled again.
+    """
+
+    def __init__(self, rows, batch_size, grad_accum, seed, bucket=True):
+        self.rows, self.batch_size, self.seed, self.bucket = rows, batch_size, seed, bucket
+        self.step_size = batch_size * grad_accum
+        self.steps_per_epoch = -(-len(rows) // self.step_size)
+        self.epoch, self.steps = None, []
+
+    def __call__(self, step):
+        epoch, step = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.steps = epoch, self._plan(epoch)
+        rows = [self.rows[i] for i in self.steps[step]]
+        return [collate(rows[i:i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
+
+    def fingerprint(self):
+        """Changes with the data: a resumed run checks it."""
+        return fingerprint(np.array(ids + labels, np.int32) for ids, labels in self.rows)
+
+    def _plan(self, epoch):
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.rows)).tolist()
+        if self.bucket:
+            pool = 32 * self.step_size
+            order = [i for start in range(0, len(order), pool)
+                     for i in sorted(order[start:start + pool], key=lambda i: len(self.rows[i][0]))]
+        steps = [order[i:i + self.step_size] for i in range(0, len(order), self.step_size)]
+        return [steps[i] for i in rng.permutation(len(steps))] if self.bucket else steps
+
+
+class TokenBatches:
+    """The same for packed plain text: windows of block_size tokens out of one long array, every token supervised."""
+
+    def __init__(self, tokens, block_size, batch_size, grad_accum, seed):
+        self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
+        self.step_size = batch_size * grad_accum
+        self.windows, self.spare = divmod(len(tokens) - 1, block_size)
+        if self.windows < 1:
+            raise ValueError(f"{len(tokens)} tokens do not fill one context of --block-size {block_size}")
+        self.steps_per_epoch = -(-self.windows // self.step_size)
+        self.epoch = None
+
+    def __call__(self, step):
+        epoch, step = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            self.epoch, self.offset = epoch, int(rng.integers(self.spare + 1))  # other cuts in every epoch
+            self.order = rng.permutation(self.windows)
+        starts = self.order[step * self.step_size:(step + 1) * self.step_size] * self.block_size + self.offset
+        return [self.windows_at(starts[i:i + self.batch_size]) for i in range(0, len(starts), self.batch_size)]
+
+    def windows_at(self, starts):
+        rows = np.stack([self.tokens[s:s + self.block_size + 1] for s in starts]).astype(np.int64)
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def fingerprint(self):
+        return fingerprint([self.tokens])
+
+    def validation(self, most):
+        """At most so many windows, evenly spread: [(x, y)]."""
+        starts = np.linspace(0, self.windows - 1, min(most, self.windows)).astype(np.int64) * self.block_size
+        return [self.windows_at(starts[i:i + self.batch_size]) for i in range(0, len(starts), self.batch_size)]
+
+
+def read_blocks(path):
+    """A text file with blocks separated by blank lines -> list of blocks. (Prompts for sample.py.)"""
+    with open(path, encoding="utf-8-sig") as f:
+        lines = f.read().split("\n")
+    return ["\n".join(group) for blank, group in groupby(lines, lambda line: not line.strip()) if not blank]

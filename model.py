@@ -1,0 +1,253 @@
+"""The GPT: a small Llama. RMSNorm, rotary positions, SwiGLU, no biases, a head that is tied to the embedding.
+
+Read top to bottom. Shapes: B batch, T tokens, C = n_embd, H heads, D = head_size (H * D need not be C), V vocabulary.
+The parameters carry the names that Hugging Face gives a Llama, so that a checkpoint is one of theirs as it stands.
+"""
+import argparse
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+IGNORE = -100  # the label of a token that is not supervised (prompt, padding)
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 512  # longest context, in tokens
+    vocab_size: int = 4096
+    n_layer: int = 6
+    n_head: int = 4
+    n_kv_head: int = 4  # fewer than n_head: grouped-query attention, several heads share a key and a value
+    head_size: int = 64
+    n_embd: int = 256
+    intermediate_size: int = 768  # width inside the MLP
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True  # the head uses the embedding's weight
+
+
+PRESETS = {
+    "small": GPTConfig(),
+    # the study's geometry; its vocabulary is that of a large Chinese tokenizer, three quarters of all parameters
+    "microstories": GPTConfig(vocab_size=65024, n_head=6, n_kv_head=6, head_size=48, n_embd=512),
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, n_embd, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(n_embd))
+
+    def forward(self, x):  # (B, T, C)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rope_angles(pos, head_size, base):
+    """Cosines and sines for rotary embedding (Su et al., arXiv 2104.09864). pos (..., T) -> two of (..., 1, T, D/2).
+
+    Computed anew in each forward pass: a buffer would be rounded by .to(torch.bfloat16).
+    """
+    freqs = base ** -(torch.arange(0, head_size, 2, device=pos.device).float() / head_size)  # (D/2,)
+    angles = (pos[..., None].float() * freqs).unsqueeze(-3)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Rotate the pairs (x[i], x[i + D/2]), the rotate-half layout. x: (B, H, T, D)."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_size = config.head_size
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_size, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_size, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_size, bias=False)
+        self.o_proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=False)
+
+    def forward(self, x, rope, pos, cache):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H_kv, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        mask = None
+        if cache is not None:
+            # A token's slot in the cache is its position in its text, so rows of unequal length need no padding
+            # rules: each row writes where it stands, and sees the slots up to there.
+            keys, values = cache  # (B, H_kv, S, D)
+            rows = torch.arange(B, device=x.device)[:, None]
+            keys[rows, :, pos] = k.transpose(1, 2)  # indices first: (B, T, H_kv, D)
+            values[rows, :, pos] = v.transpose(1, 2)
+            k, v = keys, values
+            mask = torch.arange(k.size(2), device=x.device) <= pos[:, None, :, None]  # (B, 1, T, S)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=q.size(1) != k.size(1))
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, pos, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, pos, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.n_embd),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "norm": RMSNorm(config.n_embd, config.norm_eps),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                # what writes into the residual stream starts smaller, so that the stream does not grow with depth
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())  # a tied weight is one parameter, listed once
+
+    def hidden(self, idx, pos=None, cache=None):
+        """idx (B, T) -> what the head reads (B, T, C). For cached generation also the positions pos (B, T) of the
+        tokens and a layer's (keys, values) each, (B, H_kv, S, D), which are written at these positions."""
+        if idx.size(1) > self.config.block_size:
+            raise ValueError(f"{idx.size(1)} tokens do not fit into block_size {self.config.block_size}")
+        rope_pos = torch.arange(idx.size(1), device=idx.device) if pos is None else pos
+        rope = rope_angles(rope_pos, self.config.head_size, self.config.rope_base)
+        x = self.model.embed_tokens(idx)  # (B, T, C)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, rope, pos, cache[i] if cache else None)
+        return self.model.norm(x)
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) token ids -> logits (B, T, V); with targets -> the summed cross-entropy, a scalar, in nats.
+
+        targets (B, T): the id that should follow each token, IGNORE where none is asked for. The head runs only at the
+        supervised positions: at a large vocabulary it is most of the arithmetic and most of the memory. The sum, not
+        the mean: the caller divides by the supervised tokens of its whole optimizer step.
+        """
+        x = self.hidden(idx)  # (B, T, C)
+        if targets is None:
+            return self.lm_head(x)  # (B, T, V)
+        supervised = targets != IGNORE
+        # In pieces: one (N, V) tensor is so large that the CPU maps it afresh, page by page, in every step.
+        return sum(F.cross_entropy(self.lm_head(piece).float(), ids, reduction="sum")
+                   for piece, ids in zip(x[supervised].split(512), targets[supervised].split(512)))
+
+    @torch.inference_mode()
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, eos_id=None, seed=None):
+        """Continue several prompts at once; after each step yield a list with one new id a prompt.
+
+        prompts: lists of ids, of unequal length if need be. A row ends with eos_id (which is not yielded), after
+        max_new_tokens, or when block_size is full; from then on its entry is None. temperature 0 is argmax; top_k
+        keeps the k likeliest ids, top_p of these the fewest that hold that share of the probability. The same seed
+        gives the same ids. Raises ValueError for a prompt without room and for sampling values out of range.
+        """
+        limit = self.config.block_size
+        if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+            raise ValueError("sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 1")
+        if not prompts or not all(0 < len(p) <= limit for p in prompts):
+            raise ValueError(f"a prompt must have 1 to {limit} tokens")
+        weight = self.lm_head.weight
+        device = weight.device
+        rng = None if seed is None else torch.Generator(device).manual_seed(seed)
+
+        B, lengths = len(prompts), torch.tensor([len(p) for p in prompts], device=device)
+        longest = max(map(len, prompts))
+        size = min(longest + max_new_tokens, limit)
+        shape = (B, self.config.n_kv_head, size, self.config.head_size)
+        cache = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.model.layers]
+        idx = torch.zeros(B, longest, dtype=torch.long, device=device)  # what pads a prompt is overwritten before
+        for row, prompt in zip(idx, prompts):                           # the row ever looks at it
+            row[:len(prompt)] = torch.tensor(prompt, device=device)
+        pos = torch.arange(longest, device=device).expand(B, -1)
+        last = lengths - 1  # the column of each row's newest token
+
+        alive = [len(p) < limit for p in prompts]
+        for step in range(max_new_tokens):
+            used = min(longest + step, size)
+            x = self.hidden(idx, pos, [(k[:, :, :used], v[:, :, :used]) for k, v in cache])  # (B, T, C)
+            logits = self.lm_head(x[torch.arange(B, device=device), last])  # (B, V): the head runs once a row
+            idx = sample_next(logits.float(), temperature, top_k, top_p, rng)[:, None]  # (B, 1)
+            ids = idx[:, 0].tolist()
+            alive = [a and i != eos_id for a, i in zip(alive, ids)]
+            if not any(alive):
+                return
+            yield [i if a else None for a, i in zip(alive, ids)]
+            alive = [a and len(p) + step + 1 < limit for a, p in zip(alive, prompts)]
+            pos = (lengths + step).clamp(max=size - 1)[:, None]  # ended rows go on in place, unread
+            last = torch.zeros_like(lengths)
+
+    def generate(self, prompts, max_new_tokens, **sampling):
+        """`stream`, collected: a list of new ids a prompt."""
+        out = [[] for _ in prompts]
+        for ids in self.stream(prompts, max_new_tokens, **sampling):
+            for row, i in zip(out, ids):
+                if i is not None:
+                    row.append(i)
+        return out
+
+
+def sample_next(logits, temperature, top_k, top_p, rng):
+    """logits (B, V) -> ids (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    top, index = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), falling
+    probs = F.softmax((top - top[:, :1]) / temperature, dim=-1)  # minus the maximum: no overflow near temperature 0
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # the likeliest always stays
+    return index.gather(-1, torch.multinomial(probs, 1, generator=rng))[:, 0]
+
+
+def main(argv=None):
+    argparse.ArgumentParser(description="Print each preset with its parameter table.").parse_args(argv)
+    for name, config in PRESETS.items():
+        with torch.device("meta"):  # shapes only, no memory
+            model = GPT(config)
+        print(f"\n{name}: {config}")
+        tables = {"embedding (tied head)": model.model.embed_tokens, f"attention x {config.n_layer}": "self_attn",
+                  f"MLP x {config.n_layer}": "mlp", "norms": "norm"}
+        for label, part in tables.items():
+            n = sum(p.numel() for name, p in model.named_parameters()
+                    if (p is part.weight if isinstance(part, nn.Module) else part in name.rsplit(".", 1)[0]))
+            print(f"  {label:24}{n:12,}  {n / model.num_params():6.1%}")
+        print(f"  {'total':24}{model.num_params():12,}")
+
+
+if __name__ == "__main__":
+    from model import main
+    main()

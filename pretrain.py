@@ -1,0 +1,106 @@
+"""Pretrain a base model on plain stories: python pretrain.py --data stories.jsonl --out out/my_base
+
+The loop is train_sft.py's. Here are the plain-text batches (stories packed one behind the other, EOS between them) and
+the settings of a base model. `--preset microstories` has the study's: 44M parameters, 512 x 512 tokens a step.
+"""
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import tokenizer as tokenizers
+from checkpoint import fits, load_last, load_model
+from dataset import TokenBatches, read_stories, split_by_story
+from model import GPT, PRESETS
+from sample import fail, pick_device
+from train_sft import check_out, data_files, parse, positive, train, training_parser
+
+# What differs from fine-tuning's defaults. small: what a laptop can afford in minutes.
+SETTINGS = {
+    "small": {"lr": 2e-3, "batch_size": 4, "weight_decay": 0.1, "epochs": 1.0, "dtype": "32-true"},
+    "microstories": {"lr": 5e-4, "batch_size": 32, "grad_accum": 16, "weight_decay": 0.1, "warmup": 1000,
+                     "epochs": 1.0, "dtype": "bf16-mixed", "vocab_size": 65024},
+}
+BUILTIN_STORIES, BUILTIN_SEED = 10_000, 1
+VAL_WINDOWS = 48  # of block_size tokens: enough to see the loss fall, and no time lost
+
+
+def parse_args(argv=None):
+    parser = training_parser("Pretrain a base model on plain stories.")
+    parser.add_argument("--preset", choices=PRESETS, default="small",
+                        help="geometry and settings of a new model (default: %(default)s)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model to use (default: train one on --data)")
+    parser.add_argument("--vocab-size", type=positive(int), default=4096,
+                        help="pieces of a newly trained tokenizer (default: %(default)s)")
+    parser.set_defaults(out=Path("out/base"), val_fraction=0.01)
+    parser.set_defaults(**SETTINGS[parser.parse_known_args(argv)[0].preset])
+    return parse(parser, argv)
+
+
+def load_stories(args):
+    """-> (train, val), lists of texts."""
+    if args.data is None:
+        from data.generate import stories
+        return split_by_story([r["text"] for r in stories(BUILTIN_STORIES, BUILTIN_SEED)], args.val_fraction)
+    train_file, val_file = data_files(args)
+    if val_file:
+        return read_stories(train_file), read_stories(val_file)
+    return split_by_story(read_stories(train_file), args.val_fraction)
+
+
+def write_tokens(path, texts, tokenizer):
+    """Stories -> a file of their ids, an EOS behind each; returned as a memory-mapped array (N,)."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 65535 else np.uint32
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as f:
+        for text in texts:
+            f.write(np.array(tokenizer.encode(text) + [tokenizer.eos_id], dtype).tobytes())
+    return np.memmap(path, dtype, mode="r")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    state = None
+    try:
+        check_out(args)
+        pick_device(args.device)
+        texts, val_texts = load_stories(args)
+        if args.resume:
+            model, tokenizer, state = load_last(args.out)
+        elif args.init:
+            model, tokenizer = load_model(args.init)
+        else:
+            tokenizer = tokenizers.load(args.tokenizer) if args.tokenizer else tokenizers.train(texts, args.vocab_size)
+            config = PRESETS[args.preset]
+            # the preset's vocabulary may be its tokenizer's, padded (the study's is); else the tokenizer decides
+            if not (args.tokenizer and fits(tokenizer, config)):
+                config = replace(config, vocab_size=tokenizer.vocab_size)
+            torch.manual_seed(args.seed)
+            model = GPT(replace(config, block_size=args.block_size or config.block_size))
+        args.block_size = args.block_size or model.config.block_size
+        if args.block_size > model.config.block_size:
+            raise ValueError(f"--block-size {args.block_size} is beyond the model's {model.config.block_size}")
+        print(f"{len(texts)} stories to train on, {len(val_texts)} for validation; "
+              f"a vocabulary of {tokenizer.vocab_size} pieces, {model.num_params():,} parameters")
+        tokens = write_tokens(args.out / "tokens" / "train.bin", texts, tokenizer)
+        batches = TokenBatches(tokens, args.block_size, args.batch_size, args.grad_accum, args.seed)
+        print(f"{len(tokens):,} tokens, {sum(map(len, texts)) / len(tokens):.2f} characters each")
+        if state and state["data"] != batches.fingerprint():
+            raise ValueError(f"--resume: the data is not what {args.out} was trained on")
+        val_batches = []
+        if val_texts:
+            tokens = write_tokens(args.out / "tokens" / "val.bin", val_texts, tokenizer)
+            val_batches = TokenBatches(tokens, min(args.block_size, len(tokens) - 1), args.batch_size, 1,
+                                       args.seed).validation(VAL_WINDOWS)
+    except (ValueError, OSError) as e:
+        fail(e)
+    try:
+        train(model, tokenizer, batches, val_batches, args, state)
+    except FloatingPointError as e:
+        raise SystemExit(f"pretrain.py: {e}") from None
+
+
+if __name__ == "__main__":
+    from pretrain import main
+    main()
