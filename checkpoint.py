@@ -143,7 +143,7 @@ def fits(tokenizer, config):
 
 
 def find_base():
-    """The built-in base model: the one that ships, else the one that train_sft.py has made. None if there is neither."""
+    """The built-in base model: the one that ships, else the one that train_sft.py has made, else None."""
     candidates = (Path(__file__).parent / "base", Path("out/base"))
     return next((path for path in candidates if (path / WEIGHTS).is_file()), None)
 

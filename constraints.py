@@ -45,17 +45,17 @@ KEY_OF = _lookup(KEY_ALIASES)
 FEATURE_OF = _lookup(FEATURE_ALIASES)
 
 NEWLINE = re.compile(r"\r\n|\r|\n")  # not str.splitlines(), which also cuts at U+2028, form feeds and the like
-KEY_LINE = re.compile(r"\s*(" + "|".join(sorted(map(re.escape, KEY_OF), key=len, reverse=True)) + r")\s*[：:]\s*(.*)",
-                      re.IGNORECASE | re.DOTALL)
+KEY_LINE = re.compile(r"\s*(" + "|".join(map(re.escape, KEY_OF)) + r")\s*[：:]\s*(.*)", re.IGNORECASE)
 SEPARATORS = re.compile(r"[，,、；;\s]+")
 
 
 def parse(text):
     """Read constraint lines. -> (constraints, preamble)
 
-    A key counts at the start of a line only, so that 摘要：小狗的名字叫点点。 stays whole. A line without a key continues
-    the line above it; what stands before the first key is the preamble ("请写一个故事。"), returned as it is. A key that
-    comes twice, in one line (随机句子：随机句子：…) or in two, is merged. A key without a value is left out.
+    A key counts at the start of a line only, so that 摘要：小狗的名字叫点点。 stays whole. A line without a key
+    continues the line above it; what stands before the first key is the preamble ("请写一个故事。"), returned as it
+    is. A key that comes twice, in one line (随机句子：随机句子：…) or in two, is merged. A key without a value is
+    left out.
     """
     preamble, values = [], {}
     lines = None  # the value that is being read, as its lines
@@ -124,14 +124,14 @@ SPEECH_END = tuple("。！？!?…，,～~—.")
 
 
 def has_dialogue(story):
-    """True if someone speaks in quotation marks. A merely quoted word (一只叫“点点”的小狗) is no speech: a quotation
-    must follow a colon or a verb of saying, or end in punctuation of its own."""
+    """True if someone speaks in quotation marks. A merely quoted word (一只叫“点点”的小狗) is no speech: a
+    quotation must follow a colon or a verb of saying, or end in punctuation of its own."""
     quotations = ("".join(filter(None, groups)) for groups in QUOTED.findall(story))
     return bool(INTRODUCED.search(story)) or any(q.strip().endswith(SPEECH_END) for q in quotations)
 
 
 def fold(text):
-    """Text without spaces, punctuation and letter width or case: what must be equal for a sentence to count as there."""
+    """Text without spaces, punctuation, letter width and case: what must agree for a sentence to count as there."""
     return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())
 
 

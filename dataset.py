@@ -3,6 +3,7 @@
 An instruction record is {"instruction": …, "input": …, "output": …} (Alpaca), a story record {"text": …}. Both come as
 JSONL or as a JSON list. Every error names the file and the row.
 """
+import codecs
 import hashlib
 import json
 from itertools import groupby
@@ -16,29 +17,35 @@ from model import IGNORE
 PROMPT = "Instruct: {}\nOutput:"  # the story follows at once, then EOS (the style of Phi-2)
 
 
+BOM = codecs.BOM_UTF8
+
+
 # ---- reading ----
 
 def read_records(path):
     """Yield (row number, record) of a JSONL file or a JSON list. Rows count from 1; in JSONL they are lines."""
+    with open(path, "rb") as f:
+        head = f.read(4096).removeprefix(BOM).lstrip()[:1]
+        f.seek(0)
+        if head == b"[":
+            yield from enumerate(_json(path, f.read(), 0, "the list"), 1)
+            return
+        offset = 0
+        for row, line in enumerate(f, 1):
+            if line.strip(b" \t\r\n" + BOM):
+                yield row, _json(path, line, offset, f"row {row}")
+            offset += len(line)
+
+
+def _json(path, data, offset, what):
     try:
-        with open(path, encoding="utf-8-sig") as f:  # -sig: a byte order mark, if there is one, is no part of row 1
-            head = f.read(1)
-            while head.isspace():
-                head = f.read(1)
-            f.seek(0)
-            if head == "[":
-                yield from enumerate(json.load(f), 1)
-                return
-            for row, line in enumerate(f, 1):
-                if line.strip():
-                    try:
-                        yield row, json.loads(line)
-                    except json.JSONDecodeError as e:
-                        raise ValueError(f"{path}: row {row} is not JSON ({e.msg} at column {e.colno})") from None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: line {e.lineno} is not JSON ({e.msg})") from None
+        return json.loads(data.decode("utf-8-sig"))  # -sig: a byte order mark, if there is one, is no part of it
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
+        raise ValueError(f"{path}: {what} is not UTF-8 (byte {offset + e.start} of the file)") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: {what} is not JSON ({e.msg} at line {e.lineno}, column {e.colno})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: {what} is nested too deeply") from None
 
 
 def text_field(path, row, record, names, required=True):
@@ -59,7 +66,7 @@ def text_field(path, row, record, names, required=True):
 
 
 def read_instructions(path):
-    """-> list of (instruction, output). The instruction is `instruction`, then a newline and `input` if there is one."""
+    """-> list of (instruction, output); the instruction is `instruction`, a newline and `input`, if there is one."""
     pairs = []
     for row, record in read_records(path):
         output = text_field(path, row, record, ["output"])

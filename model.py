@@ -5,7 +5,7 @@ The parameters carry the names that Hugging Face gives a Llama, so that a checkp
 """
 import argparse
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -179,7 +179,7 @@ class GPT(nn.Module):
         gives the same ids. Raises ValueError for a prompt without room and for sampling values out of range.
         """
         limit = self.config.block_size
-        if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+        if not temperature >= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
             raise ValueError("sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 1")
         if not prompts or not all(0 < len(p) <= limit for p in prompts):
             raise ValueError(f"a prompt must have 1 to {limit} tokens")

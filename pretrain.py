@@ -11,16 +11,17 @@ import torch
 
 import tokenizer as tokenizers
 from checkpoint import fits, load_last, load_model
-from dataset import TokenBatches, read_stories, split_by_story
+from constraints import KEYS
+from dataset import PROMPT, TokenBatches, read_stories, split_by_story
 from model import GPT, PRESETS
 from sample import fail, pick_device
 from train_sft import check_out, data_files, parse, positive, train, training_parser
 
 # What differs from fine-tuning's defaults. small: what a laptop can afford in minutes.
 SETTINGS = {
-    "small": {"lr": 2e-3, "batch_size": 4, "weight_decay": 0.1, "epochs": 1.0, "dtype": "32-true"},
+    "small": {"lr": 2e-3, "batch_size": 4, "weight_decay": 0.1, "epochs": 1.0},
     "microstories": {"lr": 5e-4, "batch_size": 32, "grad_accum": 16, "weight_decay": 0.1, "warmup": 1000,
-                     "epochs": 1.0, "dtype": "bf16-mixed", "vocab_size": 65024},
+                     "epochs": 1.0, "vocab_size": 65024},
 }
 BUILTIN_STORIES, BUILTIN_SEED = 10_000, 1
 VAL_WINDOWS = 48  # of block_size tokens: enough to see the loss fall, and no time lost
@@ -49,6 +50,13 @@ def load_stories(args):
     return split_by_story(read_stories(train_file), args.val_fraction)
 
 
+def train_tokenizer(texts, vocab_size):
+    """A tokenizer of these stories that also has pieces for the words of the prompt template and its keys, which
+    fine-tuning repeats in every row: without them half of a short prompt is spelled out in letters and bytes."""
+    fixed = [*PROMPT.format("").split(), *KEYS]
+    return tokenizers.train(fixed * (1 + len(texts) // 10) + texts, vocab_size)
+
+
 def write_tokens(path, texts, tokenizer):
     """Stories -> a file of their ids, an EOS behind each; returned as a memory-mapped array (N,)."""
     dtype = np.uint16 if tokenizer.vocab_size <= 65535 else np.uint32
@@ -71,7 +79,8 @@ def main(argv=None):
         elif args.init:
             model, tokenizer = load_model(args.init)
         else:
-            tokenizer = tokenizers.load(args.tokenizer) if args.tokenizer else tokenizers.train(texts, args.vocab_size)
+            tokenizer = (tokenizers.load(args.tokenizer) if args.tokenizer
+                         else train_tokenizer(texts, args.vocab_size))
             config = PRESETS[args.preset]
             # the preset's vocabulary may be its tokenizer's, padded (the study's is); else the tokenizer decides
             if not (args.tokenizer and fits(tokenizer, config)):

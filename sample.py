@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import find_base, load_model, write_atomic
-from constraints import FEATURE, LIST_KEYS, check, parse
+from constraints import LIST_KEYS, check, parse
 from dataset import encode_prompt, read_blocks, read_records, text_field
 
 # The study's test cases: shown, never trained on.
@@ -55,7 +55,9 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """--dtype, or 32-true with a notice on a device that has no bfloat16."""
+    """--dtype, or 32-true with a notice on a device that has no bfloat16. None: the fast one for the device."""
+    if name is None:
+        return "32-true" if device.type == "cpu" else pick_dtype("bf16-mixed", device)
     if name != "32-true" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         print(f"notice: {device} has no bfloat16; --dtype 32-true instead of {name}", file=sys.stderr)
         return "32-true"

@@ -1,0 +1,1 @@
+"""The built-in corpus: a generator of small Chinese stories and its language files."""

@@ -1,0 +1,373 @@
+"""The built-in corpus: small Chinese stories with truthful labels, composed from the language files beside this script.
+
+    python data/generate.py --n 20000 --seed 1 --out out/data/stories.jsonl --instructions out/data/instructions.json
+
+`lexicon.toml` holds words in classes, every file of `plots/` one plot; lexicon.toml and plots/lost.toml begin with an
+explanation of their format.
+A story is: a plot, one of its endings, one word for each slot, one phrasing for each beat. No word depends on another
+one, so a model that gets them right has copied them from its prompt. That is what the corpus is for, and why names
+and the central thing of a story recur (see `recurs`). More plots or words need no change here.
+"""
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import tomllib
+from itertools import combinations, count
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tqdm import tqdm  # noqa: E402
+
+from constraints import FEATURES, KEYS, has_dialogue, render  # noqa: E402
+
+LANGUAGE = ROOT / "data"        # the folder of lexicon.toml and plots/
+POS = ("noun", "verb", "adj")
+STORY_CHARS = 100, 260
+SUMMARY_CHARS = 15, 60
+SENTENCE_CHARS = 6, 30          # preferred length of the sentence that serves as 随机句子
+TALK = 0.64                     # share of stories that may use phrasings with speech in them
+TRIES = 200                     # phrasings drawn anew until length and recurrence are right
+
+
+# -----------------------------------------------------------------------------
+# the language files; what is wrong in one is a ValueError that names file and entry
+
+def load(folder=LANGUAGE):
+    """Read `folder`/lexicon.toml and `folder`/plots/*.toml -> (lexicon, plots). Raises ValueError."""
+    lexicon = load_lexicon(Path(folder) / "lexicon.toml")
+    plots = {}
+    for path in sorted(Path(folder, "plots").glob("*.toml")):
+        plot = load_plot(path, lexicon)
+        if plot["name"] in plots:
+            raise ValueError(f"{path}: duplicate plot name {plot['name']!r}")
+        plots[plot["name"]] = plot
+    if not plots:
+        raise ValueError(f"{Path(folder, 'plots')}: no plot files (*.toml)")
+    return lexicon, list(plots.values())
+
+
+def read_toml(path):
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def check(table, where, needs, may):
+    """`needs` and `may`: {field: type}. No other field passes: a misspelt `features` would make labels false."""
+    if not isinstance(table, dict):
+        raise ValueError(f"{where}: is not a table")
+    for key in needs:
+        if not table.get(key):
+            raise ValueError(f"{where}: field {key!r} is missing or empty")
+    kinds = needs | may
+    for key, value in table.items():
+        if key not in kinds:
+            raise ValueError(f"{where}: unknown field {key!r}")
+        if not isinstance(value, kinds[key]):
+            raise ValueError(f"{where}: field {key!r} is not a {kinds[key].__name__}")
+
+
+def load_lexicon(path):
+    """-> {class: {"entries": [{"word": 帽子, "m": 顶, ...}], "pos", "names", "in_text"}} or {class: {"of": [...]}}."""
+    lexicon = {}
+    for name, table in read_toml(path).items():
+        where = f"{path}: [{name}]"
+        if isinstance(table, dict) and "of" in table:
+            check(table, where, {"of": list}, {})
+            lexicon[name] = table
+            continue
+        same = {"pos": str, "form": str, "names": str, "in_text": bool}     # and any columns that all entries share
+        check(table, where, {"words": str}, dict.fromkeys(table, str) | same)
+        if table.get("pos", "noun") not in POS:
+            raise ValueError(f"{where}: pos must be one of {', '.join(POS)}")
+        columns = table.get("form", "word").split()
+        shared = {key: value for key, value in table.items() if key not in same and key != "words"}
+        entries = {}
+        for line in filter(str.strip, re.split("[,\n]", table["words"])):
+            entry = shared | dict(zip(columns, line.split()))
+            if len(line.split()) != len(columns) or not entry.get("word", "").isalpha():
+                raise ValueError(f"{where}: {line.strip()!r} does not have the form {' '.join(columns)!r}")
+            if entry["word"] in entries:
+                raise ValueError(f"{where}: duplicate word {entry['word']!r}")
+            entries[entry["word"]] = entry
+        lexicon[name] = {key: table.get(key) for key in same} | {"entries": list(entries.values())}
+    for name, table in lexicon.items():
+        for other in table.get("of", [table.get("names")]):
+            if other is not None and "entries" not in lexicon.get(other, {}):
+                raise ValueError(f"{path}: [{name}]: unknown class {other!r}")
+    return lexicon
+
+
+def load_plot(path, lexicon):
+    """One plot file. Its beats become pairs of lists of phrasings: (those without speech, all), see `compiled`."""
+    plot = read_toml(path)
+    check(plot, path, {"name": str, "central": str, "slots": dict, "beat": list, "ending": list}, {"features": list})
+    slots = {slot: classes_of(lexicon, kind, f"{path}: slot {slot!r}") for slot, kind in plot["slots"].items()}
+    if plot["central"] not in slots:
+        raise ValueError(f"{path}: central {plot['central']!r} is not one of the slots")
+
+    def phrasings(texts, where):
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{where}: must be a list of phrasings")
+        return [compiled(text, slots, lexicon, f"{where}, phrasing {i}") for i, text in enumerate(texts, 1)]
+
+    def beat(texts, where):
+        parts = phrasings(texts, where)
+        silent = [part for part, text in zip(parts, texts) if "“" not in text]
+        if not silent:
+            raise ValueError(f"{where}: needs a phrasing without quotation marks")
+        return silent, parts
+
+    def features(table, where):
+        for feature in table.get("features", []):
+            if feature not in FEATURES or feature == "对话":      # 对话 is seen in the text, not declared
+                raise ValueError(f"{where}: unknown feature {feature!r}")
+        return set(table.get("features", []))
+
+    endings = {}
+    for i, table in enumerate(plot["ending"], 1):
+        where = f"{path}: ending {i}"
+        check(table, where, {"name": str, "say": list, "summary": list}, {"features": list})
+        if table["name"] in endings:
+            raise ValueError(f"{where}: duplicate ending name {table['name']!r}")
+        endings[table["name"]] = {
+            "name": table["name"],
+            "features": features(plot, path) | features(table, where),
+            "beats": [beat(say, f"{where}, say {j}") for j, say in enumerate(table["say"], 1)],
+            "summary": phrasings(table["summary"], f"{where}, summary")}
+    common = []
+    for i, table in enumerate(plot["beat"], 1):
+        where = f"{path}: beat {i}"
+        check(table, where, {"say": list}, {"only": list})
+        for key in table.get("only", []):
+            if key not in endings:
+                raise ValueError(f"{where}: unknown ending {key!r} in only")
+        common.append((table.get("only", endings), beat(table["say"], where)))
+    for key, ending in endings.items():      # what is told of a story with this ending, from first to last
+        ending["beats"] = [say for only, say in common if key in only] + ending["beats"]
+    text = path.read_text(encoding="utf-8")
+    running = {entry["word"]: group["pos"] for group in lexicon.values() if group.get("in_text")
+               for entry in group["entries"] if entry["word"] in text}
+    return {"path": path, "name": plot["name"], "central": plot["central"], "slots": slots,
+            "endings": list(endings.values()), "running": running}
+
+
+def classes_of(lexicon, kind, where):
+    if not isinstance(kind, str) or kind not in lexicon:
+        raise ValueError(f"{where}: unknown class {kind!r}")
+    return [lexicon[name] for name in lexicon[kind].get("of", [kind])]
+
+
+def compiled(text, slots, lexicon, where):
+    """"一{thing.m}{thing}{呢|呀}" -> ["一", "thing.m", "", "thing", "", ["呢", "呀"], ""]; odd places are to be filled.
+
+    A slot that the plot does not declare is a class of the lexicon; it is added to `slots`.
+    """
+    parts = re.split(r"\{([^{}]*)\}", text)
+    if "{" in "".join(parts[::2]) or "}" in "".join(parts[::2]):
+        raise ValueError(f"{where}: a brace without its partner")
+    for i in range(1, len(parts), 2):
+        if "|" in parts[i]:
+            parts[i] = parts[i].split("|")
+            continue
+        slot, _, column = parts[i].partition(".")
+        if parts[i] == "they":                  # the pronoun of the first two characters, see `draw`
+            continue
+        if slot not in slots and slot in lexicon:
+            slots[slot] = classes_of(lexicon, slot, where)
+        entries = [entry | dict.fromkeys(("kind", "full") if table["names"] else ())
+                   for table in slots.get(slot, []) for entry in table["entries"]]
+        if not entries or (column and not all(column in entry for entry in entries)):
+            raise ValueError(f"{where}: unknown slot {{{parts[i]}}}")
+    return parts
+
+
+# -----------------------------------------------------------------------------
+# one story
+
+def draw(plot, lexicon, rng):
+    """One entry a slot -> ({"hero": 豆豆, "hero.kind": 小兔, "hero.m": 只, ...}, {小兔: noun, ...}).
+
+    No two words of a story are alike or one inside the other: labels and counts would lie.
+    """
+    values, words, used, pronouns = {}, {}, [], []
+    for slot, tables in plot["slots"].items():
+        for _ in range(TRIES):
+            table = rng.choice(tables)
+            entry = rng.choice(table["entries"])
+            new = [entry["word"]]
+            if table["names"]:
+                new.append(rng.choice(lexicon[table["names"]]["entries"])["word"])
+            if not any(a in b or b in a for a in new for b in used):
+                break
+        else:
+            raise ValueError(f"{plot['path']}: slot {slot!r}: its class has no word that the story does not have yet")
+        used += new
+        if table["names"]:
+            pronouns.append(entry.get("ta", "他"))
+        if table["pos"]:
+            words[entry["word"]] = table["pos"]
+        values |= {f"{slot}.{column}": cell for column, cell in entry.items()}
+        values[slot] = new[-1]
+        values[slot + ".kind"] = entry["word"]
+        values[slot + ".full"] = "".join(new)
+    two = set(pronouns[:2])             # the first two characters: 她们, 它们, and 他们 for any mixture
+    values["they"] = (two.pop() if len(two) == 1 else "他") + "们"
+    return values, words
+
+
+def fill(parts, values, rng):
+    return "".join(part if i % 2 == 0 else rng.choice(part) if isinstance(part, list) else values[part]
+                   for i, part in enumerate(parts))
+
+
+def sentences(text):
+    """Whole sentences: 。！？ ends one where no quotation is open; speech at its beginning keeps the “…”某某说。"""
+    found, start, open_quote = [], 0, False
+    for i, char in enumerate(text):
+        if char in "“”":
+            open_quote = char == "“"
+        ends = char in "。！？" and not open_quote
+        if char == "”" and text[i - 1] in "。！？":
+            ends = text[start] != "“" or text.count("“", start, i) > 1
+        if ends:
+            found.append(text[start:i + 1])
+            start = i + 1
+    return found + ([text[start:]] if text[start:] else [])
+
+
+def recurs(text, plot, values):
+    """Names and the central word occur three times, or the model has nothing to learn copying from."""
+    named = [slot for slot in plot["slots"] if values[slot] != values[slot + ".kind"]]
+    return (text.count(values[plot["central"]]) >= 3
+            and all(text.count(values[slot]) >= 3 for slot in named if values[slot] in text))
+
+
+def some_words(found, text, rng):
+    """Two or three of the {word: pos} in text, of different parts of speech if possible; more often what recurs."""
+    words = [word for word in found for _ in range(min(text.count(word), 3))]
+    rng.shuffle(words)
+    words = list(dict.fromkeys(words))
+    rank = {word: [found[other] for other in words[:i]].count(found[word]) for i, word in enumerate(words)}
+    return sorted(words, key=rank.get)[:rng.choice((2, 3))]     # the first noun, verb, adjective; then the second ...
+
+
+def compose(lexicon, plots, rng):
+    """A story record without its id, and (plot, values): what it was made from. ValueError if a plot cannot be told."""
+    plot = rng.choice(plots)
+    ending = rng.choice(plot["endings"])
+    talk = rng.random() < TALK
+    for _ in range(TRIES):
+        values, words = draw(plot, lexicon, rng)
+        text = "".join(fill(rng.choice(beat[talk]), values, rng) for beat in ending["beats"])
+        summary = fill(rng.choice(ending["summary"]), values, rng)
+        once = [s for s in sentences(text) if text.count(s) == 1 and s.count("“") == s.count("”")]
+        if (STORY_CHARS[0] <= len(text) <= STORY_CHARS[1] and SUMMARY_CHARS[0] <= len(summary) <= SUMMARY_CHARS[1]
+                and summary not in text and once and recurs(text, plot, values)):
+            break
+    else:
+        raise ValueError(f"{plot['path']}: ending {ending['name']!r}: {TRIES} tries gave no story of {STORY_CHARS[0]} "
+                         f"to {STORY_CHARS[1]} characters with each name and {plot['central']!r} three times in it")
+    fitting = [s for s in once if SENTENCE_CHARS[0] <= len(s) <= SENTENCE_CHARS[1]]
+    true = ending["features"] | ({"对话"} if has_dialogue(text) else set())
+    record = {"text": text, "words": some_words(words | plot["running"], text, rng),
+              "features": [feature for feature in FEATURES if feature in true],
+              "sentence": rng.choice(fitting or once), "summary": summary}
+    return record, (plot, values)
+
+
+# -----------------------------------------------------------------------------
+# many stories, and instructions for them
+
+def stories(n, seed, folder=LANGUAGE):
+    """n story records, made one by one: text, words, features, sentence, summary, story_id. Raises ValueError.
+
+    Story i depends on (seed, i) only, so fewer stories are the beginning of more; texts seen before are passed over.
+    """
+    if n < 1:
+        raise ValueError(f"--n {n}: must be at least 1")
+    return _stories(n, seed, *load(folder))     # bad files are reported by the call, not by the first story
+
+
+def _stories(n, seed, lexicon, plots):
+    seen = set()
+    for i in count():
+        record, _ = compose(lexicon, plots, random.Random(f"{seed}-{i}"))
+        key = hashlib.blake2b(record["text"].encode(), digest_size=12).digest()
+        if key in seen:
+            if i > 100 + 10 * len(seen):
+                raise ValueError(f"--n {n}: the plots have only about {len(seen)} different stories")
+            continue
+        seen.add(key)
+        yield record | {"story_id": f"builtin-{seed}-{i}"}
+        if len(seen) == n:
+            return
+
+
+def instructions(records, seed):
+    """Yield one instruction record a story record, the 15 combinations of constraint kinds equally often."""
+    rng = random.Random(f"instructions-{seed}")
+    given = {kinds: 0 for k in range(1, len(KEYS) + 1) for kinds in combinations(KEYS, k)}
+    for record in records:
+        available = {
+            "词汇": rng.sample(record["words"], len(record["words"])),
+            "特点": rng.sample(record["features"], min(len(record["features"]), rng.choice((1, 1, 1, 2, 2, 2, 3, 6)))),
+            "摘要": record["summary"], "随机句子": record["sentence"]}
+        possible = [kinds for kinds in given if all(available[key] for key in kinds)]
+        least = min(given[kinds] for kinds in possible)     # a story without features cannot have 特点; others catch up
+        kinds = rng.choice([kinds for kinds in possible if given[kinds] == least])
+        given[kinds] += 1
+        constraints = {key: available[key] for key in rng.sample(kinds, len(kinds))}
+        yield {"instruction": render(constraints), "input": "", "output": record["text"], "constraints": constraints,
+               "story_id": record["story_id"]}
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+def write_jsonl(records, path):
+    """Write records to `path` as one step: a reader sees the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    os.replace(temporary, path)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Compose small Chinese stories with truthful labels.")
+    parser.add_argument("--n", type=int, default=20000, help="number of stories")
+    parser.add_argument("--seed", type=int, default=1, help="same seed, same stories")
+    parser.add_argument("--out", default="out/data/stories.jsonl", help="story records, JSONL; overwritten")
+    parser.add_argument("--instructions", metavar="FILE", help="also write one instruction a story, JSONL; overwritten")
+    parser.add_argument("--language", default=LANGUAGE, metavar="DIR", help="folder of lexicon.toml and plots/")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        told = stories(args.n, args.seed, args.language)
+        records = list(tqdm(told, total=args.n, unit="story", disable=args.n < 20000))
+        write_jsonl(records, args.out)
+        if args.instructions:
+            write_jsonl(instructions(records, args.seed), args.instructions)
+    except (ValueError, OSError) as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{len(records)} stories -> {args.out}")
+    if args.instructions:
+        print(f"their instructions -> {args.instructions}")
+
+
+if __name__ == "__main__":
+    from data.generate import main
+    main()

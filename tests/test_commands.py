@@ -1,0 +1,306 @@
+"""Every command as a user types it, in-process: what it prints, what it writes, and what it says to bad input."""
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, STORIES, random_model, tiny_config
+from safetensors.torch import load_file, save_file
+
+import pretrain
+import sample
+import train_sft
+from checkpoint import load_model, save_model
+
+TINY = ["--vocab-size", "500", "--block-size", "128", "--batch-size", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def stories_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "stories.jsonl"
+    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in STORIES), encoding="utf-8")
+    return path
+
+
+# ---- pretrain.py ----
+
+def test_pretrain_makes_tokenizer_tokens_and_model(stories_file, tmp_path, capsys):
+    out = tmp_path / "base"
+    pretrain.main(["--data", str(stories_file), "--out", str(out), "--max-steps", "3", "--val-fraction", "0.1", *TINY])
+    model, tokenizer = load_model(out)
+    assert model.config.vocab_size == tokenizer.vocab_size <= 500 and model.config.block_size == 128
+    tokens = np.fromfile(out / "tokens" / "train.bin", np.uint16).tolist()
+    assert tokens.count(tokenizer.eos_id) > 90 and tokens[-1] == tokenizer.eos_id
+    val = np.fromfile(out / "tokens" / "val.bin", np.uint16).tolist()
+    first, first_val = (tokenizer.decode(ids[:ids.index(tokenizer.eos_id)]) for ids in (tokens, val))
+    assert first in STORIES and first_val in STORIES and first != first_val
+    assert "validation loss" in capsys.readouterr().out
+    with open(out / "log.jsonl") as f:
+        assert max(json.loads(line)["step"] for line in f) == 3
+
+    # the same tokenizer for another model, and training that goes on from this one
+    argv = ["--data", str(stories_file), "--max-steps", "1", "--val-fraction", "0.1", *TINY]
+    pretrain.main([*argv, "--tokenizer", str(out / "tokenizer.model"), "--out", str(tmp_path / "second")])
+    assert (tmp_path / "second/tokenizer.model").read_bytes() == (out / "tokenizer.model").read_bytes()
+    pretrain.main([*argv, "--init", str(out), "--out", str(tmp_path / "third"), "--lr", "1e-9"])
+    assert torch.allclose(load_model(tmp_path / "third")[0].lm_head.weight, model.lm_head.weight, atol=1e-6)
+
+
+def test_the_microstories_preset_has_the_studys_settings():
+    args = pretrain.parse_args(["--preset", "microstories"])
+    assert (args.lr, args.beta1, args.beta2, args.weight_decay, args.grad_clip, args.warmup) == (
+        5e-4, 0.9, 0.95, 0.1, 1.0, 1000)
+    assert args.batch_size * args.grad_accum == 512 and args.vocab_size == 65024
+    assert pretrain.parse_args(["--preset", "microstories", "--lr", "1e-4"]).lr == 1e-4
+
+
+def test_a_large_vocabulary_gets_wider_token_files(tok, tmp_path, monkeypatch):
+    assert pretrain.write_tokens(tmp_path / "a.bin", STORIES[:2], tok).dtype == np.uint16
+    monkeypatch.setattr(tok, "vocab_size", 65536)
+    wide = pretrain.write_tokens(tmp_path / "b.bin", STORIES[:2], tok)
+    assert wide.dtype == np.uint32 and tok.decode(wide.tolist()[:-1]).startswith(STORIES[0])
+
+
+# ---- train_sft.py without --init ----
+
+def test_without_a_base_one_is_pretrained_and_an_unfinished_one_finished(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = train_sft.Path("out/base")
+    monkeypatch.setattr(train_sft, "find_base", lambda: base if base.exists() else None)
+    monkeypatch.setattr(train_sft, "BUILTIN_STORIES", 60)
+    calls = []
+    usual = pretrain.main
+
+    def small(argv):
+        calls.append(argv)
+        usual([*argv, "--max-steps", "4", *([] if "--resume" in argv else TINY)])
+
+    monkeypatch.setattr(pretrain, "main", small)
+    monkeypatch.setattr(pretrain, "BUILTIN_STORIES", 200)
+    argv = ["--max-steps", "2", "--batch-size", "4", "--device", "cpu", "--out"]
+    train_sft.main([*argv, "out/a"])
+    assert "no base model yet" in capsys.readouterr().out and calls == [["--out", "out/base"]]
+    train_sft.main([*argv, "out/b"])
+    assert len(calls) == 1 and "base model: out/base" in capsys.readouterr().out  # used again
+    state = torch.load("out/base/last/train_state.pt", weights_only=True)
+    torch.save({**state, "total": 9}, "out/base/last/train_state.pt")  # as if it had been interrupted
+    train_sft.main([*argv, "out/c"])
+    assert calls[1:] == [["--out", "out/base", "--resume"]]
+    assert (train_sft.Path("out/a/last/model.safetensors").read_bytes()
+            == train_sft.Path("out/b/last/model.safetensors").read_bytes())  # same seed, same bytes
+
+
+# ---- sample.py ----
+
+@pytest.fixture
+def say(model_dir, capsys):
+    def run(*argv):
+        capsys.readouterr()
+        sample.main(["--ckpt", str(model_dir), "--device", "cpu", "--max-new-tokens", "12", *map(str, argv)])
+        return capsys.readouterr().out
+    return run
+
+
+def test_the_eight_cases_are_the_default(say):
+    out = say()
+    assert out.count("─" * 60) == 8 and out.count("✓") + out.count("✗") >= 10
+    for text in ("汤姆和杰瑞是一对好朋友", "特点：转折\n", "摘要：一只小蚂蚁在花园里寻找吃的，最后找到了一个苹果。",
+                 "随机句子：天空中飘着几朵白云。\n摘要"):
+        assert text in out
+
+
+def test_bare_ckpt_takes_the_last_sft_run_else_the_base(model_dir, tmp_path, monkeypatch, capsys, refused):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "find_base", lambda: None)
+    refused(sample.main, ["--ckpt"], "no model yet")
+    monkeypatch.setattr(sample, "find_base", lambda: model_dir)
+    sample.main(["--ckpt", "--prompt", "小猫", "--max-new-tokens", "3"])
+    assert str(model_dir) in capsys.readouterr().err
+    shutil.copytree(model_dir, tmp_path / "out" / "sft")
+    sample.main(["--ckpt", "--prompt", "小猫", "--max-new-tokens", "3"])
+    assert "out/sft:" in capsys.readouterr().err
+
+
+def test_instructions_and_prompts(say, model_dir):
+    out = say("--instruction", r"关键词：铲子、草地\n特点：对话", "--instruction", "摘要：一只猫",
+              "--prompt", "小猫在河边", "--prompt", "")
+    assert out.count("─" * 60) == 4
+    assert "关键词：铲子、草地\n特点：对话\n" in out
+    assert "词汇 铲子" in out and "词汇 草地" in out and "特点 对话" in out
+    assert "小猫在河边" in out and "摘要" not in out.split("摘要：一只猫")[1]  # no rule for a summary, no mark
+    greedy = ["--prompt", "小猫在河边", "--temperature", "0"]
+    assert say(*greedy) == say(*greedy, "--seed", "9") and say("--prompt", "小猫", "--temperature", "2") != say(
+        "--prompt", "小猫", "--temperature", "2", "--seed", "9")
+    model, tok = load_model(model_dir)
+    ids = model.eval().generate([tok.encode("小猫在河边")], 12, temperature=0, eos_id=tok.eos_id)[0]
+    assert "小猫在河边" + tok.decode(ids) in say(*greedy)  # streamed text == whole decode
+
+
+@pytest.mark.parametrize("content", [
+    "词汇：铲子，草地\n特点：对话\n\n\n摘要：一只猫\n",
+    "\ufeff词汇：铲子，草地\r\n特点：对话\r\n \r\n摘要：一只猫",
+    '{"instruction": "词汇：铲子，草地\\n特点：对话"}\n{"instruction": "摘要：一只猫", "input": "", "output": "x"}\n',
+    '[{"instruction": "词汇：铲子，草地", "input": "特点：对话"}, {"instruction": "摘要：一只猫"}]',
+])
+def test_files_of_prompts(say, tmp_path, content):
+    path, out = tmp_path / "prompts", tmp_path / "new" / "stories.jsonl"
+    path.write_bytes(content.encode())
+    assert say("--file", path).count("─" * 60) == 2
+    say("--file", path, "--out", out, "--temperature", "0")
+    rows = [json.loads(line) for line in open(out, encoding="utf-8")]
+    assert [r["instruction"] for r in rows] == ["词汇：铲子，草地\n特点：对话", "摘要：一只猫"]
+    assert set(rows[0]["met"]) == {"词汇", "特点"} and "\\u" not in out.read_text(encoding="utf-8")
+    alone = say("--instruction", "摘要：一只猫", "--temperature", "0")
+    assert rows[1]["output"] in alone  # batched equals one by one
+
+
+def test_output_streams_through_a_pipe_in_utf8(model_dir):
+    argv = [sys.executable, "sample.py", "--ckpt", model_dir, "--prompt", "小猫", "--max-new-tokens", "3"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, env={"LC_ALL": "C"})
+    assert done.returncode == 0 and "小猫" in done.stdout.decode("utf-8")
+
+
+# ---- bad input: one line, exit code 2, nothing written ----
+
+BAD_FLAGS = [
+    (sample, ["--temperature", "-0.1"], "--temperature"), (sample, ["--temperature", "nan"], "--temperature"),
+    (sample, ["--top-p", "0"], "--top-p"), (sample, ["--top-p", "1.5"], "--top-p"),
+    (sample, ["--top-k", "-1"], "--top-k"),
+    (sample, ["--max-new-tokens", "0"], "--max-new-tokens"), (sample, ["--out", "x.jsonl"], "--file"),
+    (sample, ["--dtype", "fp8"], "--dtype"), (sample, ["--device", "abacus"], "--device"),
+    (sample, ["--ckpt", "nowhere"], "nowhere"), (sample, ["--file", "nowhere.txt"], "nowhere.txt"),
+    (sample, ["--nonsense"], "--nonsense"), (sample, ["--instruction", "长" * 300], "no room"),
+    (train_sft, ["--dtype", "fp8"], "--dtype"), (train_sft, ["--lr", "-1"], "--lr"), (train_sft, ["--lr", "x"], "--lr"),
+    (train_sft, ["--val-fraction", "1"], "--val-fraction"), (train_sft, ["--batch-size", "0"], "--batch-size"),
+    (train_sft, ["--warmup", "-1"], "--warmup"), (train_sft, ["--device", "cuda:77"], "--device"),
+    (train_sft, ["--data", "nowhere.jsonl"], "nowhere.jsonl"), (train_sft, ["--data", "."], "train.jsonl"),
+    (train_sft, ["--init", "nowhere"], "nowhere"), (train_sft, ["--block-size", "129"], "--block-size"),
+    (train_sft, ["--block-size", "5"], "--block-size"), (train_sft, ["--resume"], "--resume"),
+    (pretrain, ["--preset", "huge"], "--preset"), (pretrain, ["--vocab-size", "100"], "--vocab-size"),
+    (pretrain, ["--tokenizer", "nowhere"], "nowhere"), (pretrain, ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+]
+
+
+@pytest.mark.parametrize("script, argv, word", BAD_FLAGS,
+                         ids=lambda v: "_".join(v)[:30] if isinstance(v, list) else None)
+def test_bad_flags(script, argv, word, model_dir, pairs_file, stories_file, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    given = {sample: ["--ckpt", model_dir], train_sft: ["--init", model_dir, "--data", pairs_file, "--device", "cpu"],
+             pretrain: ["--data", stories_file]}[script]
+    refused(script.main, [*given, *argv], word)
+    assert not list(tmp_path.iterdir())
+
+
+def broken(model_dir, path, change):
+    shutil.copytree(model_dir, path)
+    change(path)
+    return path
+
+
+def without(name):
+    return lambda path: (path / name).unlink()
+
+
+def config(**changes):
+    def change(path):
+        settings = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**settings, **changes}))
+    return change
+
+
+def weights(edit):
+    def change(path):
+        tensors = load_file(path / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, path / "model.safetensors")
+    return change
+
+
+@pytest.mark.parametrize("change, words", [
+    (without("tokenizer.model"), ["tokenizer.model"]),
+    (without("config.json"), ["config.json"]),
+    (without("model.safetensors"), ["model.safetensors"]),
+    (config(hidden_size=48), ["model.embed_tokens.weight", "48)"]),
+    (config(num_hidden_layers=3), ["model.layers.2", "missing"]),
+    (config(num_hidden_layers=1), ["model.layers.1", "no place"]),
+    (config(vocab_size=5000), ["vocabulary of 5000"]),
+    (config(vocab_size=300), ["vocabulary of 300"]),
+    (config(model_type="gpt2"), ["model_type", "gpt2"]),
+    (config(attention_bias=True), ["attention_bias"]),
+    (config(rope_parameters={"rope_type": "yarn"}), ["rope_parameters", "yarn"]),
+    (config(tie_word_embeddings=False), ["lm_head.weight", "missing"]),
+    (lambda path: (path / "config.json").write_text("{"), ["config.json", "line 1"]),
+    (lambda path: (path / "config.json").write_text('{"model_type": "llama"}'), ["config.json", "missing"]),
+    (lambda path: (path / "model.safetensors").write_bytes(b"x" * 99), ["model.safetensors"]),
+    (lambda path: (path / "tokenizer.model").write_bytes(b"x" * 99), ["tokenizer.model"]),
+    (weights(lambda t: t.update({"model.norm.weight": torch.ones(31)})), ["model.norm.weight", "(31,)", "(32,)"]),
+    (weights(lambda t: t.pop("model.norm.weight")), ["model.norm.weight", "missing"]),
+], ids=lambda v: v[0] if isinstance(v, list) else None)
+def test_a_broken_model_directory(change, words, model_dir, pairs_file, tmp_path, refused):
+    base = broken(model_dir, tmp_path / "base", change)
+    refused(train_sft.main, ["--init", base, "--data", pairs_file, "--out", tmp_path / "run"], str(base), *words)
+    refused(sample.main, ["--ckpt", base], str(base), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_does_not_fit(model_dir, tok, tmp_path, refused):
+    save_model(tmp_path / "other", random_model(tiny_config(tok.vocab_size)), tok)
+    small = pretrain.train_tokenizer(STORIES, 300)
+    small.save(tmp_path / "other")
+    model = random_model(tiny_config(1000))
+    save_model(tmp_path / "padded", model, tok)  # up to 511 unused rows are padding
+    assert load_model(tmp_path / "padded")[0].config.vocab_size == 1000
+    save_model(tmp_path / "wide", random_model(tiny_config(1200)), tok)
+    refused(sample.main, ["--ckpt", tmp_path / "wide"], "vocabulary of 1200")
+
+
+def test_bad_rows_reach_the_user(model_dir, tmp_path, refused):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"instruction": "词汇：猫", "output": "猫。"}\n{"instruction": "词汇：猫"}\n', encoding="utf-8")
+    refused(train_sft.main, ["--init", model_dir, "--data", data, "--out", tmp_path / "run"], data, "row 2", "output")
+    refused(pretrain.main, ["--data", data, "--out", tmp_path / "run"], data, "row 1", "text")
+    refused(sample.main, ["--ckpt", model_dir, "--file", tmp_path], str(tmp_path))
+    data.write_text("\n\n")
+    refused(sample.main, ["--ckpt", model_dir, "--file", data], "no prompts")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_directory_that_holds_a_run_is_not_touched(model_dir, pairs_file, stories_file, tmp_path, refused):
+    out = broken(model_dir, tmp_path / "run", lambda path: None)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    refused(train_sft.main, ["--init", model_dir, "--data", pairs_file, "--out", out],
+            "--out", "--resume", "--overwrite")
+    refused(pretrain.main, ["--data", stories_file, "--out", out], "--out", "--resume", "--overwrite")
+    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def test_bf16_on_a_device_without_it_falls_back_with_a_notice(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert sample.pick_dtype("bf16-mixed", torch.device("cuda")) == "32-true"
+    assert "bfloat16" in capsys.readouterr().err
+    assert sample.pick_dtype("bf16-mixed", torch.device("cpu")) == "bf16-mixed"
+    assert sample.pick_dtype(None, torch.device("cpu")) == "32-true" and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["model.py", "sample.py", "train_sft.py", "pretrain.py", "data/generate.py"])
+def test_help(script):
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout
+    if script != "model.py":
+        assert "--seed" in done.stdout
+
+
+# ---- real text ----
+
+def test_real_text_end_to_end(real_data, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "sft"
+    small = ["--block-size", "128", "--device", "cpu", "--batch-size", "2", "--warmup", "5", "--lr", "1e-3"]
+    pretrain.main(["--data", str(real_data / "real_stories_zh.jsonl"), "--out", str(base), "--max-steps", "12", *small])
+    train_sft.main(["--init", str(base), "--data", str(real_data / "real_instructions_zh.json"), "--out", str(out),
+                    "--max-steps", "12", "--val-fraction", "0.01", *small])
+    for run in (base, out):
+        losses = [json.loads(line)["val_loss"] for line in open(run / "log.jsonl") if "val_loss" in line]
+        assert losses[-1] < losses[0]

@@ -1,0 +1,124 @@
+import json
+import random
+
+import pytest
+
+from constraints import (
+    FEATURE_ALIASES,
+    FEATURES,
+    KEY_ALIASES,
+    KEYS,
+    check,
+    fold,
+    has_dialogue,
+    normalize,
+    parse,
+    permutations,
+    render,
+)
+
+FULL = {"词汇": ["铲子", "草地"], "特点": ["转折", "对话"], "摘要": "小狗的名字叫点点。", "随机句子": "它说：你好！"}
+
+
+def test_parse_reads_what_render_writes_in_every_order():
+    orders = list(permutations(FULL))
+    assert len(orders) == 24 == len({render(c) for c in orders})
+    for constraints in orders:
+        parsed, preamble = parse(render(constraints))
+        assert parsed == constraints and list(parsed) == list(constraints) and preamble == ""
+
+
+def test_keys_count_at_the_start_of_a_line_only():
+    text = "摘要：小狗的名字叫点点，它学了很多词汇：大、小。\n词汇：名字，单词，总结"
+    assert parse(text)[0] == {"摘要": "小狗的名字叫点点，它学了很多词汇：大、小。", "词汇": ["名字", "单词", "总结"]}
+    assert parse("单词表在桌上")[0] == {} == parse("词 铲子")[0]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("关键词: 铲子、草地", {"词汇": ["铲子", "草地"]}),
+    ("Words: 铲子, 草地", {"词汇": ["铲子", "草地"]}),
+    ("词汇：铲子 草地；铲子", {"词汇": ["铲子", "草地"]}),
+    ("  特征 ： Dialogue，BadEnding、moral value", {"特点": ["对话", "坏结局", "道德价值"]}),
+    ("总结：一只猫", {"摘要": "一只猫"}),
+    ("random sentence: Hello.", {"随机句子": "Hello."}),
+    ("随机句子：随机句子：你好：再见", {"随机句子": "你好：再见"}),
+    ("词汇：铲子\r\n\r\n特点：转折\r\n", {"词汇": ["铲子"], "特点": ["转折"]}),
+    ("摘要：第一行\n第二行\n特点：转折", {"摘要": "第一行第二行", "特点": ["转折"]}),
+    ("摘要：\n第一行", {"摘要": "第一行"}),
+    ("词汇：铲子\n单词：草地，铲子", {"词汇": ["铲子", "草地"]}),
+    ("词汇：\n特点：，", {}),
+    ("特点：悬疑", {"特点": ["悬疑"]}),
+])
+def test_what_people_write(text, expected):
+    assert parse(text)[0] == expected
+
+
+def test_normalize_is_what_the_model_is_trained_on():
+    assert normalize("写个故事。\n关键词: 铲子、草地\n特征：Twist") == "写个故事。\n词汇：铲子，草地\n特点：转折"
+    assert normalize("随便写一个故事") == "随便写一个故事"
+    for text in map(render, permutations(FULL)):
+        assert normalize(text) == text == normalize(normalize(text))
+
+
+def test_aliases_are_unambiguous():
+    for aliases, names in ((KEY_ALIASES, KEYS), (FEATURE_ALIASES, FEATURES)):
+        everything = [*aliases, *(name for others in aliases.values() for name in others)]
+        assert tuple(aliases) == names and len(everything) == len(set(everything))
+
+
+def test_render_keeps_one_line_a_key_and_refuses_unknown_keys():
+    assert render({"摘要": "一\n二"}) == "摘要：一二"
+    with pytest.raises(ValueError, match="主题"):
+        render({"主题": "猫"})
+
+
+def test_hypothesis_round_trip():
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    word = st.text(alphabet="小猫名字单词总结特点abc：", min_size=1, max_size=5)
+    line = st.text(alphabet="小猫的名字叫词汇，。：“” a", min_size=1, max_size=30)
+    line = line.map(str.strip).filter(lambda s: s and not parse(s)[0])
+    whole = st.fixed_dictionaries({}, optional={
+        "词汇": st.lists(word, min_size=1, max_size=4, unique=True), "摘要": line, "随机句子": line,
+        "特点": st.lists(st.sampled_from(FEATURES), min_size=1, unique=True)})
+
+    @hypothesis.given(whole, st.randoms(use_true_random=False))
+    @hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+    def check_round_trip(constraints, rng):
+        keys = list(constraints)
+        rng.shuffle(keys)
+        constraints = {key: constraints[key] for key in keys}
+        parsed, _ = parse(render(constraints))
+        assert parsed == constraints and list(parsed) == keys
+    check_round_trip()
+
+
+@pytest.mark.parametrize("text, speaks", [
+    ("他说：“好”", True), ("“救命！”小狗叫起来。", True), ("他说“好”，就走了", True), ("「好。」", True),
+    ('"快跑，"他喊。', True), ("他问：”什么“", True),
+    ("一只叫“点点”的小狗", False), ("他造了一座“桥”。", False), ("他说不行。", False), ("", False), ("“”", False),
+])
+def test_dialogue(text, speaks):
+    assert has_dialogue(text) is speaks
+
+
+def test_check():
+    story = "小猫拿着铲子。天空中飘着 几朵白云,“走吧！”它说。"
+    assert check(story, {"词汇": ["铲子", "草地"], "特点": ["对话", "转折"], "摘要": "小猫挖土",
+                         "随机句子": "天空中飘着几朵白云。"}) == {
+        "词汇": {"铲子": True, "草地": False}, "特点": {"对话": True, "转折": None}, "摘要": None, "随机句子": True}
+    assert check(story, {"随机句子": "天空中飘着一朵白云。"}) == {"随机句子": False}
+    assert check("铲\n子", {"词汇": ["铲子"]}) == {"词汇": {"铲子": False}}
+    assert check(story, {"随机句子": "……"}) == {"随机句子": None}  # nothing that could be missing
+    assert check("", {"随机句子": "好。", "词汇": ["猫"], "特点": ["对话"]}) == {
+        "随机句子": False, "词汇": {"猫": False}, "特点": {"对话": False}}
+    assert fold("Ａb，“ 你好！”") == fold("ab你好")
+
+
+def test_real_instructions_hold(real_data):
+    rows = json.loads((real_data / "real_instructions_zh.json").read_text(encoding="utf-8"))
+    for row in random.Random(0).sample(rows, 500):
+        constraints, preamble = parse(row["instruction"])
+        assert preamble == "" and render(constraints) == row["instruction"]
+        met = check(row["output"], constraints)
+        assert all(met.get("词汇", {}).values()) and met.get("随机句子", True)

@@ -1,0 +1,189 @@
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model, tiny_config
+
+from dataset import (
+    PairBatches,
+    TokenBatches,
+    by_length,
+    collate,
+    encode_pair,
+    encode_pairs,
+    encode_prompt,
+    read_instructions,
+    read_records,
+    read_stories,
+    split_by_story,
+)
+from model import IGNORE
+
+
+def test_the_supervised_ids_of_one_example_spelled_out(tok):
+    ids, labels = encode_pair(tok, "词汇：铲子", "小猫捡到铲子。", 128)
+    pieces = [tok.sp.id_to_piece(i) for i in ids]
+    assert pieces == PIECES
+    prompt = len(pieces) - 5
+    assert tok.decode(ids[:prompt]) == "Instruct: 词汇：铲子\nOutput:"
+    assert labels == [IGNORE] * prompt + ids[prompt:]
+    x, y = collate([(ids, labels)])
+    supervised = [(tok.sp.id_to_piece(a), tok.sp.id_to_piece(b)) for a, b in zip(x[0].tolist(), y[0].tolist())
+                  if b != IGNORE]
+    assert supervised == [(":", "小猫"), ("小猫", "捡到"), ("捡到", "铲子"), ("铲子", "。"), ("。", "</s>")]
+
+
+PIECES = ["Inst", "ruct", ":", "▁", "词汇", "：", "铲子", "\n", "Out", "put", ":", "小猫", "捡到", "铲子", "。", "</s>"]
+
+
+def test_prompts_are_normalized_and_the_same_with_and_without_a_story(tok):
+    ids, labels = encode_pair(tok, "关键词: 铲子、草地", "小猫捡到铲子。", 128)
+    prompt = encode_prompt(tok, "词汇：铲子，草地")
+    assert ids[:len(prompt)] == prompt and labels[len(prompt) - 1] == IGNORE != labels[len(prompt)]
+
+
+def test_long_stories_are_cut_without_an_eos_and_long_prompts_skipped(tok, capsys):
+    prompt = len(encode_prompt(tok, "词汇：铲子"))
+    story = "小猫捡到铲子。" * 20
+    ids, labels = encode_pair(tok, "词汇：铲子", story, 50)
+    assert len(ids) == 50 and tok.eos_id not in ids and labels[prompt:] == ids[prompt:]
+    assert encode_pair(tok, "词汇：铲子", story, prompt) is None
+    assert len(encode_pair(tok, "词汇：铲子", story, prompt + 1)[0]) == prompt + 1
+    rows = encode_pairs(tok, [("词汇：铲子", story), ("词汇：铲子", "好。"), ("长" * 99, "好。")], 50, "rows")
+    assert len(rows) == 2
+    assert "1 stories cut" in (out := capsys.readouterr().out) and "1 skipped" in out
+    with pytest.raises(ValueError, match="all 1 prompts"):
+        encode_pairs(tok, [("长" * 99, "好。")], 50, "rows")
+
+
+@pytest.fixture(scope="module")
+def rows(tok, pairs):
+    return encode_pairs(tok, [(r["instruction"], r["output"]) for r in pairs], 128, "rows")
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+def test_every_epoch_has_every_row_once(rows, bucket):
+    batches = PairBatches(rows, 4, 2, seed=1, bucket=bucket)
+    assert batches.steps_per_epoch == 8  # 60 rows, 8 a step; the last step is smaller, not dropped
+
+    def texts(epoch):
+        steps = [batches(epoch * 8 + i) for i in range(8)]
+        assert all(len(micro) <= 2 and all(len(x) <= 4 for x, _ in micro) for micro in steps)
+        return [tuple(y[y != IGNORE].tolist()) for micro in steps for xs, ys in micro for y in ys]
+
+    expected = sorted(tuple(i for i in labels if i != IGNORE) for _, labels in rows)
+    first, second = texts(0), texts(1)
+    assert sorted(first) == sorted(second) == expected and first != second
+    assert texts(0) == first  # a pure function of the step
+    assert PairBatches(rows, 4, 2, seed=2)(0)[0][0].tolist() != batches(0)[0][0].tolist()
+
+
+def test_bucketed_equals_unbucketed_with_less_padding(rows, tok):
+    model = random_model(tiny_config(tok.vocab_size))
+
+    def epoch(bucket):
+        batches = PairBatches(rows, 8, 1, seed=1, bucket=bucket)
+        model.zero_grad()
+        loss, size = 0.0, 0
+        for step in range(batches.steps_per_epoch):
+            for x, y in batches(step):
+                part = model(x, y)
+                part.backward()
+                loss, size = loss + part.item(), size + x.numel()
+        return loss, size, model.lm_head.weight.grad.clone()
+
+    bucketed, plain = epoch(True), epoch(False)
+    assert bucketed[0] == pytest.approx(plain[0], rel=1e-5)
+    torch.testing.assert_close(bucketed[2], plain[2], atol=1e-3, rtol=1e-4)
+    assert bucketed[1] < 0.9 * plain[1]
+    one_by_one = sum(model(x, y).item() for row in rows for x, y in [collate([row])])
+    assert sum(model(x, y).item() for x, y in by_length(rows, 7)) == pytest.approx(one_by_one, rel=1e-5)
+
+
+def test_token_windows_cover_the_text_without_repeats():
+    tokens = np.arange(1000, dtype=np.uint16)
+    batches = TokenBatches(tokens, 16, 4, 2, seed=1)
+    assert batches.windows == 62 and batches.steps_per_epoch == 8
+    epoch = [xy for step in range(8) for xy in batches(step)]
+    x = torch.cat([x for x, _ in epoch]).flatten()
+    assert len(x) == len(x.unique()) == 62 * 16
+    assert all((y == x + 1).all() for x, y in epoch)
+    assert [x.tolist() for x, _ in batches(3)] == [x.tolist() for x, _ in TokenBatches(tokens, 16, 4, 2, seed=1)(3)]
+    assert batches(8)[0][0].tolist() != batches(0)[0][0].tolist()
+    assert sum(len(x) for x, _ in batches.validation(10)) == 10
+    with pytest.raises(ValueError, match="block-size"):
+        TokenBatches(tokens[:16], 16, 4, 1, seed=1)
+
+
+def test_fingerprints_change_with_the_data(rows):
+    assert PairBatches(rows, 4, 1, 0).fingerprint() == PairBatches(list(rows), 8, 2, 1).fingerprint()
+    assert PairBatches(rows, 4, 1, 0).fingerprint() != PairBatches(rows[:-1], 4, 1, 0).fingerprint()
+
+
+def test_a_story_falls_on_one_side_with_all_its_rows():
+    rng = random.Random(0)
+    items = [(f"指令{k}", f"故事{n}，很长。") for n in range(400) for k in range(3)]
+    items += [("变体", f" 故事{n}， 很长！") for n in range(400)]  # the same story, punctuated otherwise
+    train, val = split_by_story(items, 0.1, story=lambda item: item[1])
+    assert len(train) + len(val) == 1600 and 80 < len(val) < 260
+
+    def numbers(side):
+        return {"".join(c for c in item[1] if c.isdigit()) for item in side}
+
+    assert not numbers(train) & numbers(val)
+    rng.shuffle(items)
+    assert set(split_by_story(items[:500], 0.1, story=lambda item: item[1])[1]) <= set(val)  # whatever else is there
+    assert len(split_by_story(items[:5], 0.001, story=lambda item: item[1])[1]) >= 1
+    assert split_by_story(items, 0, story=lambda item: item[1])[1] == []
+    with pytest.raises(ValueError, match="val-fraction"):
+        split_by_story([("a", "同一个故事")] * 5, 0.5, story=lambda item: item[1])
+
+
+GOOD = '{"instruction": "词汇：猫", "output": "猫来了。"}'
+
+
+@pytest.mark.parametrize("content, words", [
+    ("", ["no rows"]),
+    ("\n \n", ["no rows"]),
+    (GOOD + "\n{broken\n", ["row 2", "not JSON"]),
+    (GOOD + '\n\n{"instruction": "词汇：猫"}', ["row 3", "'output'"]),
+    (GOOD + '\n{"instruction": "词汇：猫", "output": " "}', ["row 2", "'output'", "empty"]),
+    (GOOD + '\n{"instruction": "词汇：猫", "output": null}', ["row 2", "'output'", "NoneType"]),
+    (GOOD + '\n{"instruction": ["猫"], "output": "猫"}', ["row 2", "'instruction'", "list"]),
+    (GOOD + "\n[1]", ["row 2", "list"]),
+    (GOOD + '\n{"instruction": "", "output": "\\ud83d"}', ["row 2", "surrogate"]),
+    ("[" + GOOD + ', {"instruction": "猫"}]', ["row 2", "'output'"]),
+    ("[" + GOOD + ",", ["not JSON"]),
+    ("[]", ["no rows"]),
+])
+def test_bad_rows_are_named(tmp_path, content, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError) as e:
+        read_instructions(path)
+    assert all(word in str(e.value) for word in (*words, str(path))) and "\n" not in str(e.value)
+
+
+def test_files_as_people_have_them(tmp_path):
+    path = tmp_path / "rows"
+    path.write_bytes("\ufeff".encode() + GOOD.encode() + b"\r\n")  # a byte order mark, Windows line ends
+    assert read_instructions(path) == [("词汇：猫", "猫来了。")]
+    path.write_text(f" \n[{GOOD}]", encoding="utf-8")
+    assert read_instructions(path) == [("词汇：猫", "猫来了。")]
+    path.write_text('{"instruction": "写一个故事", "input": "词汇：猫", "output": "猫来了。"}', encoding="utf-8")
+    assert read_instructions(path) == [("写一个故事\n词汇：猫", "猫来了。")]
+    path.write_text('{"story_zh": "猫来了。", "story": "A cat."}\n{"text": "狗来了。"}', encoding="utf-8")
+    assert read_stories(path) == ["猫来了。", "狗来了。"]
+    path.write_bytes(b'{"text": "cat"}\n' * 1000 + b'{"text": "' + "小狗".encode("gbk") + b'"}')
+    with pytest.raises(ValueError, match="row 1001 is not UTF-8 .byte 16012 "):
+        list(read_records(path))
+
+
+def test_real_instructions(real_data, tok):
+    pairs = read_instructions(real_data / "real_instructions_zh.json")
+    assert len(pairs) == 3185
+    train, val = split_by_story(pairs, 0.05, story=lambda pair: pair[1])
+    assert not {p[1] for p in train} & {p[1] for p in val} and 100 < len(val) < 220
+    assert len(json.dumps(train)) > 0

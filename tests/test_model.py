@@ -1,0 +1,147 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_model, tiny_config
+
+import model as model_file
+from checkpoint import load_model, save_model
+from model import GPT, IGNORE, PRESETS, GPTConfig, sample_next
+
+# the study's shape (heads * head_size != n_embd), grouped-query attention, an untied head
+GEOMETRIES = {
+    "microstories": {"n_head": 6, "n_kv_head": 6, "head_size": 48, "n_embd": 512, "n_layer": 2},
+    "grouped": {"n_head": 4, "n_kv_head": 2, "rope_base": 5e5},
+    "untied": {"n_head": 4, "n_kv_head": 1, "tie_embeddings": False, "norm_eps": 1e-6},
+}
+
+
+def test_presets_have_the_stated_size(capsys):
+    with torch.device("meta"):
+        sizes = {name: GPT(config).num_params() for name, config in PRESETS.items()}
+    assert sizes == {"small": 6_163_712, "microstories": 43_915_776}
+    assert PRESETS["small"] == GPTConfig()
+    model_file.main([])
+    printed = capsys.readouterr().out
+    assert "43,915,776" in printed and "6,163,712" in printed
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_logits_equal_transformers_both_ways(name, tok, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = random_model(tiny_config(tok.vocab_size, **GEOMETRIES[name]))
+    save_model(tmp_path / "ours", ours, tok)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    idx = torch.randint(0, tok.vocab_size, (3, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        assert expected.abs().max() > 1  # not two models that are both silent
+        torch.testing.assert_close(ours(idx), expected, atol=1e-4, rtol=0)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()  # several shards
+    tok.save(tmp_path / "theirs")
+    back, _ = load_model(tmp_path / "theirs")
+    assert back.config == ours.config
+    with torch.no_grad():
+        torch.testing.assert_close(back(idx), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_cached_and_batched_generation_equal_the_plain_one(name):
+    model = random_model(tiny_config(300, **GEOMETRIES[name]))
+    rng = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(0, 300, (n,), generator=rng).tolist() for n in (5, 31, 1, 17)]
+
+    def plain(prompt):  # the whole text again for every token
+        ids = list(prompt)
+        for _ in range(30):
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        return ids[len(prompt):]
+
+    with torch.no_grad():
+        expected = [plain(p) for p in prompts]
+    assert len({i for row in expected for i in row}) > 5  # it does not just repeat one token
+    assert model.generate(prompts, 30, temperature=0) == expected
+    assert [model.generate([p], 30, temperature=0)[0] for p in prompts] == expected
+
+
+def test_golden_greedy_string(tok):
+    model = random_model(tiny_config(tok.vocab_size, tie_embeddings=False), seed=16, scale=0.3)
+    [ids] = model.generate([tok.encode("小猫在河边")], 9, temperature=0)
+    assert tok.decode(ids) == GOLDEN
+
+
+GOLDEN = "w我的皮y&路上猫问在树我的皮"
+
+
+def test_rows_end_at_eos_and_at_block_size():
+    model = random_model(tiny_config(300, block_size=40))
+    [free] = model.generate([[7, 8, 9]], 30, temperature=0)
+    eos = free[10]
+    first = free.index(eos)
+    rows = model.generate([[7, 8, 9], [1, 2], [5] * 39, [5] * 40], 60, temperature=0, eos_id=eos)
+    assert rows[0] == free[:first]  # EOS itself is not part of the text
+    assert [len(rows[2]), len(rows[3])] == [1, 0]
+    assert len(rows[1]) <= 38
+    steps = list(model.stream([[7, 8, 9], [5] * 39], 60, temperature=0, eos_id=eos))
+    assert all(row[1] is None for row in steps[1:])  # an ended row stays ended
+
+
+def test_sampling_is_seeded_and_its_filters_hold():
+    model = random_model(tiny_config(300))
+    same = [model.generate([[1, 2], [3]], 20, temperature=1.0, seed=5) for _ in range(2)]
+    assert same[0] == same[1] != model.generate([[1, 2], [3]], 20, temperature=1.0, seed=6)
+
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    rng = torch.Generator().manual_seed(0)
+
+    def drawn(**changes):
+        settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0, **changes}
+        ids = sample_next(logits.expand(4000, -1), settings["temperature"], settings["top_k"], settings["top_p"], rng)
+        return torch.bincount(ids, minlength=4) / 4000
+
+    torch.testing.assert_close(drawn(), logits.exp(), atol=0.03, rtol=0)
+    assert drawn(top_k=2)[2:].sum() == 0 and drawn(top_k=2)[1] > 0.3
+    assert drawn(top_p=0.6)[2:].sum() == 0 and drawn(top_p=0.6)[1] > 0.3  # the fewest that reach 0.6: two
+    assert drawn(top_p=0.5)[1:].sum() == 0  # the likeliest alone reaches 0.5
+    assert drawn(top_p=1e-9)[0] == 1 == drawn(temperature=0)[0] == drawn(temperature=1e-30)[0]
+    assert drawn(temperature=100)[3] > 0.2 and drawn(top_k=1000)[3] > 0.02
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},
+                                 {"top_k": 0}])
+def test_sampling_values_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError):
+        random_model(tiny_config(300)).generate([[1]], 3, **bad)
+
+
+def test_prompts_without_room_are_refused():
+    model = random_model(tiny_config(300))
+    for prompts in ([], [[]], [[1] * 129]):
+        with pytest.raises(ValueError):
+            model.generate(prompts, 3)
+    with pytest.raises(ValueError):
+        model(torch.zeros(1, 129, dtype=torch.long))
+
+
+def test_the_head_at_supervised_positions_gives_the_full_loss_and_gradients():
+    model = random_model(tiny_config(300, tie_embeddings=False))
+    rng = torch.Generator().manual_seed(4)
+    idx = torch.randint(0, 300, (12, 120), generator=rng)  # over 512 supervised positions: more than one piece
+    targets = torch.where(torch.rand(12, 120, generator=rng) < 0.6, torch.randint(0, 300, (12, 120)), IGNORE)
+    model(idx, targets).backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    full = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    torch.testing.assert_close(model(idx, targets), full)
+    full.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, atol=1e-4, rtol=1e-4)
+    assert model(idx, torch.full_like(targets, IGNORE)) == 0  # nothing supervised
+
+
+def test_positions_are_exact_in_bfloat16():
+    """A table of angles that .to(bfloat16) rounds would make neighbours at position 400 look alike."""
+    model = random_model(tiny_config(300, block_size=512)).to(torch.bfloat16)
+    cos, _ = model_file.rope_angles(torch.arange(512), 16, 10000.0)
+    assert cos.dtype == torch.float32
+    assert not any(b.dtype == torch.bfloat16 for b in model.buffers())

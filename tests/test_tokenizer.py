@@ -1,0 +1,130 @@
+import json
+import random
+
+import pytest
+import sentencepiece
+from conftest import STORIES
+
+import tokenizer as tokenizers
+
+AWKWARD = [" ", "  a", "a▁b", "\0", "\r\n", "</s>", "\n\n", "", "▁", " ▁ ", "▁▁", "<0x0A>", "<unk>", "a\0b", "\t",
+           "\u2028", "\ufffd", "你好，世界！", " 你 好 ", "😀👨‍👩‍👧", "𠮷野家", "①～ＡＢ", "e\u0301", "\u200b"]
+
+
+@pytest.mark.parametrize("text", AWKWARD, ids=ascii)
+def test_awkward_strings_come_back_and_stream_whole(tok, text):
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    assert "".join(tok.decode_stream(ids)) == text
+
+
+def test_any_string_comes_back(tok):
+    hypothesis = pytest.importorskip("hypothesis")
+    letters = hypothesis.strategies.text(hypothesis.strategies.characters(exclude_categories=["Cs"]), max_size=40)
+
+    @hypothesis.given(letters | hypothesis.strategies.text(alphabet=" ▁\n小猫，a", max_size=20))
+    @hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+    def check(text):
+        assert tok.decode(tok.encode(text)) == text
+        assert "".join(tok.decode_stream(tok.encode(text))) == text
+    check()
+
+
+def test_a_stream_never_shows_part_of_a_character(tok):
+    text = "小猫捡到了龘和😀。"
+    pieces = list(tok.decode_stream(tok.encode(text)))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "龘" in pieces and len(pieces) > 5  # it does come piece by piece
+
+
+def test_a_stream_of_any_ids_equals_their_decoding(tok):
+    rng = random.Random(0)
+    for _ in range(300):  # broken bytes, controls, ids of a padded model
+        ids = [rng.randrange(tok.vocab_size + 20) for _ in range(rng.randrange(30))]
+        ids += [rng.randrange(4, 260) for _ in range(6)]
+        assert "".join(tok.decode_stream(ids)) == tok.decode(ids)
+
+
+def test_pieces(tok):
+    pieces = [tok.sp.id_to_piece(i) for i in range(tok.vocab_size)]
+    assert max(len(p) for i, p in enumerate(pieces) if not tok.is_byte[i] and not tok.sp.is_control(i)
+               and not tok.sp.is_unknown(i)) == 4
+    assert "▁" in pieces and "\n" in pieces and not any("\n" in p for p in pieces if p != "\n")
+    assert tok.encode("：") != tok.encode(":")  # not normalized
+    assert tok.decode([tok.eos_id]) == ""
+
+
+def test_a_text_of_many_characters_leaves_room_for_merges():
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 3000))) + "小猫小狗" * 400
+    tok = tokenizers.train([text], 700)
+    singles = [p for p in map(tok.sp.id_to_piece, range(260, tok.vocab_size)) if len(p) == 1]
+    assert tok.vocab_size == 700 and len(singles) <= 700 * 3 // 4
+    assert tok.decode(tok.encode(text)) == text
+    assert len(tok.encode("小猫小狗")) < 4
+
+
+def test_a_small_text_gives_fewer_pieces():
+    tok = tokenizers.train(["没有空格的短文本。"] * 3, 4096)
+    assert 260 < tok.vocab_size < 400
+    assert tok.decode(tok.encode("没有 空格\n")) == "没有 空格\n"
+
+
+@pytest.mark.parametrize("texts, size", [(["小猫"], 100), ([" \n"], 500), ([], 500)])
+def test_untrainable(texts, size):
+    with pytest.raises(ValueError):
+        tokenizers.train(texts, size)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.model"):
+        tokenizers.load(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match="tokenizer.model"):
+        tokenizers.load(tmp_path)
+
+
+def test_another_tokenizer_model_loads_and_keeps_its_files(tmp_path):
+    path = tmp_path / "theirs"
+    path.mkdir()
+    with open(path / "tokenizer.model", "wb") as f:  # with a dummy prefix, NFKC, no bytes, a unigram model
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(STORIES), model_writer=f, vocab_size=120,
+                                                 model_type="unigram", hard_vocab_limit=False, minloglevel=2)
+    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    tok = tokenizers.load(path)
+    assert tok.decode(tok.encode("小猫在河边捡到一个铲子")) == "小猫在河边捡到一个铲子"
+    tok.encode("a▁b")
+    tok.save(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"tokenizer_class": "T5Tokenizer"}
+    assert tokenizers.load(path / "tokenizer.model").vocab_size == tok.vocab_size
+
+
+@pytest.mark.parametrize("with_json", [True, False])
+def test_autotokenizer_gives_the_same_ids(tok, tmp_path, with_json):
+    transformers = pytest.importorskip("transformers")
+    if not with_json:
+        pytest.importorskip("google.protobuf")
+    tok.save(tmp_path)
+    if not with_json:
+        (tmp_path / "tokenizer.json").unlink()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    rng = random.Random(0)
+    extras = ["\n", "\n\n", " ", "  ", "，", ",", "！", "“", "😀", "𠮷", "龘", "①", "\t", "a", "Hello ", "2024", "\r\n"]
+    for _ in range(1000):
+        story = rng.choice(STORIES)
+        start = rng.randrange(len(story))
+        text = story[start:start + rng.randrange(30)]
+        for _ in range(rng.randrange(4)):
+            at = rng.randrange(len(text) + 1)
+            text = text[:at] + rng.choice(extras) + text[at:]
+        ids = theirs(text)["input_ids"]
+        assert ids == tok.encode(text), repr(text)
+        assert theirs.decode(ids) == text
+
+
+def test_real_text(real_data):
+    texts = [json.loads(line)["text"] for line in open(real_data / "real_stories_zh.jsonl", encoding="utf-8")]
+    tok = tokenizers.train(texts, 4096)
+    ids = [tok.encode(text) for text in texts]
+    assert [tok.decode(row) for row in ids] == texts
+    assert sum(map(len, ids)) < 0.85 * sum(map(len, texts))
