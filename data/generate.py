@@ -344,6 +344,7 @@ def write_jsonl(records, path):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Compose small Chinese stories with truthful labels.")
+    parser.error = lambda message: parser.exit(2, f"generate.py: {message}\n")
     parser.add_argument("--n", type=int, default=20000, help="number of stories")
     parser.add_argument("--seed", type=int, default=1, help="same seed, same stories")
     parser.add_argument("--out", default="out/data/stories.jsonl", help="story records, JSONL; overwritten")
