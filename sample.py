@@ -8,6 +8,8 @@
 import argparse
 import json
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -120,11 +122,24 @@ def read_prompts(path):
     return prompts
 
 
+def tally(stories):
+    """[(instruction, story)] -> how many stories wholly meet a constraint, of those where a rule can tell."""
+    met, of = Counter(), Counter()
+    for instruction, story in stories:
+        for key, result in check(story, parse(instruction)[0]).items():
+            told = [ok for ok in (result.values() if key in LIST_KEYS else [result]) if ok is not None]
+            if told:
+                of[key] += 1
+                met[key] += all(told)
+    return ", ".join(f"{key} {met[key]}/{of[key]}" for key in of)
+
+
 def tell_file(model, tokenizer, prompts, max_new_tokens, seed, sampling, out):
     """Continue many instructions, a batch at a time; print the stories, or write JSONL records to the file `out`."""
     encoded = [encode(tokenizer, "instruction", text, model.config.block_size) for text in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))  # rows of like length end up in a batch
     stories = [""] * len(prompts)
+    tokens, start_time = 0, time.perf_counter()
     with tqdm(total=len(prompts), unit="story", disable=None) as bar:
         for start in range(0, len(order), BATCH):
             rows = order[start:start + BATCH]
@@ -132,7 +147,11 @@ def tell_file(model, tokenizer, prompts, max_new_tokens, seed, sampling, out):
                                    seed=seed + start, **sampling)
             for i, ids in zip(rows, texts):
                 stories[i] = tokenizer.decode(ids)
+                tokens += len(ids)
             bar.update(len(rows))
+    seconds = time.perf_counter() - start_time
+    print(f"{len(stories)} stories, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s; met: "
+          f"{tally(zip(prompts, stories)) or 'nothing that can be checked'}", file=sys.stderr)
     if out is None:
         for text, story in zip(prompts, stories):
             print("─" * 60, text, "", story, "", verdicts(text, story), sep="\n")

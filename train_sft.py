@@ -92,6 +92,7 @@ def train(model, tokenizer, batches, val_batches, args, state=None):
         torch.set_rng_state(state["rng"])
         done, best = state["step"], state["best"]
     log = open_run(args, done)
+    data = batches.fingerprint()
 
     def evaluate():
         """Validation loss of the weights as they are. The best so far become the model directory."""
@@ -111,14 +112,14 @@ def train(model, tokenizer, batches, val_batches, args, state=None):
             save_model(out, model, tokenizer)
 
     def save():
-        save_last(out, model, tokenizer, {"step": done, "total": total, "best": best, "data": batches.fingerprint(),
+        save_last(out, model, tokenizer, {"step": done, "total": total, "best": best, "data": data,
                                           "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
 
     print(f"{out}: {sum(p.numel() for p in params):,} trainable parameters, {total} steps, {dtype} on {device}")
     model.train()
     if done == 0:
+        save()  # first, so that no half-made run can pass for a finished one
         evaluate()
-        save()
     with StopSignals() as stop, tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) as bar:
         while done < total and not stop.requested:
             start = time.perf_counter()
@@ -328,18 +329,19 @@ def load_pairs(args):
     return split_by_story(read_instructions(train_file), args.val_fraction, story=lambda pair: pair[1])
 
 
-BUILTIN_STORIES, BUILTIN_SEED = 2000, 2  # fine-tuning's part of the built-in corpus; the base is trained on seed 1
+BUILTIN_STORIES, BUILTIN_SEED = 1200, 2  # fine-tuning's part of the built-in corpus; the base is trained on seed 1
 
 
 def builtin_base():
     """The base model without --init. While none ships, a small one is pretrained, which takes some minutes."""
-    base = find_base()
-    unfinished = base == Path("out/base") and (state := load_last(base)[2])["step"] < state["total"]
-    if base is None or unfinished:
+    base, own = find_base(), Path("out/base")
+    started = base in (None, own) and (own / "last").exists()
+    state = load_last(own)[2] if started else None
+    if base is None or (started and state["step"] < state["total"]):
         import pretrain
         print("There is no base model yet: first a small one is pretrained on built-in stories, as by pretrain.py")
-        pretrain.main(["--out", "out/base", *(["--resume"] if unfinished else [])])
-        base = Path("out/base")
+        pretrain.main(["--out", str(own), *(["--resume"] if started else [])])
+        base = own
     print(f"base model: {base}")
     return base
 
