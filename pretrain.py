@@ -19,7 +19,7 @@ from train_sft import check_out, data_files, parse, positive, train, training_pa
 
 # What differs from fine-tuning's defaults. small: what a laptop can afford in minutes.
 SETTINGS = {
-    "small": {"lr": 2e-3, "batch_size": 4, "weight_decay": 0.1, "epochs": 1.0},
+    "small": {"lr": 2.5e-3, "batch_size": 2, "weight_decay": 0.1, "warmup": 100, "epochs": 1.0},
     "microstories": {"lr": 5e-4, "batch_size": 32, "grad_accum": 16, "weight_decay": 0.1, "warmup": 1000,
                      "epochs": 1.0, "vocab_size": 65024},
 }
