@@ -73,7 +73,7 @@ def train(model, tokenizer, batches, val_batches, args, state=None):
     total = args.max_steps or math.ceil(args.epochs * batches.steps_per_epoch)
     warmup = args.warmup if args.warmup is not None else min(100, total // 10)
     min_lr = args.min_lr if args.min_lr is not None else args.lr / 10
-    eval_every = args.eval_every or max(1, total // 5)
+    eval_every = args.eval_every or -(-total // 5)
     save_every = args.save_every or eval_every
 
     # bf16-true: weights and optimizer state in bfloat16. bf16-mixed: both in float32, bfloat16 inside autocast.
@@ -267,7 +267,8 @@ def training_parser(description):
     flag("--warmup", type=not_negative(int), help="steps of linear warm-up (default: 100, at most a tenth of all)")
     flag("--decay-rate", type=positive(float), default=1.0,
          help="r: the cosine falls r times as fast, then holds (default: %(default)s)")
-    flag("--epochs", type=positive(float), default=3.0, help="passes over the data (default: %(default)s)")
+    flag("--epochs", type=positive(float),
+         help="passes over the data (default: 3; 1 over built-in stories, of which there are always more)")
     flag("--max-steps", type=positive(int), help="optimizer steps, instead of --epochs")
     flag("--batch-size", type=positive(int), default=16, help="rows of a micro-batch (default: %(default)s)")
     flag("--grad-accum", type=positive(int), default=1, help="micro-batches of a step (default: %(default)s)")
@@ -329,7 +330,7 @@ def load_pairs(args):
     return split_by_story(read_instructions(train_file), args.val_fraction, story=lambda pair: pair[1])
 
 
-BUILTIN_STORIES, BUILTIN_SEED = 1200, 2  # fine-tuning's part of the built-in corpus; the base is trained on seed 1
+BUILTIN_STORIES, BUILTIN_SEED = 3600, 2  # fine-tuning's part of the built-in corpus; the base is trained on seed 1
 
 
 def builtin_base():
@@ -355,6 +356,7 @@ def main(argv=None):
             model, tokenizer, state = load_last(args.out)
         else:
             model, tokenizer = load_model(args.init or builtin_base())
+        args.epochs = args.epochs or (1.0 if args.data is None else 3.0)
         args.block_size = args.block_size or model.config.block_size
         if args.block_size > model.config.block_size:
             raise ValueError(f"--block-size {args.block_size} is beyond the model's {model.config.block_size}")

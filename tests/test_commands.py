@@ -153,8 +153,8 @@ def test_files_of_prompts(say, tmp_path, content):
     rows = [json.loads(line) for line in open(out, encoding="utf-8")]
     assert [r["instruction"] for r in rows] == ["词汇：铲子，草地\n特点：对话", "摘要：一只猫"]
     assert set(rows[0]["met"]) == {"词汇", "特点"} and "\\u" not in out.read_text(encoding="utf-8")
-    assert sample.tally([("词汇：猫，狗\n特点：对话，转折", "猫和狗。"), ("词汇：猫，狗", "猫。"), ("摘要：猫", "")]) == (
-        "词汇 1/2, 特点 0/1")
+    told = [("词汇：猫，狗\n特点：对话，转折", "猫和狗。"), ("词汇：猫，狗", "猫。"), ("摘要：猫", "")]
+    assert sample.tally(told) == "词汇 1/2, 特点 0/1"
     alone = say("--instruction", "摘要：一只猫", "--temperature", "0")
     assert rows[1]["output"] in alone  # batched equals one by one
 
