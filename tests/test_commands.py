@@ -145,18 +145,20 @@ def test_instructions_and_prompts(say, model_dir):
     '{"instruction": "词汇：铲子，草地\\n特点：对话"}\n{"instruction": "摘要：一只猫", "input": "", "output": "x"}\n',
     '[{"instruction": "词汇：铲子，草地", "input": "特点：对话"}, {"instruction": "摘要：一只猫"}]',
 ])
-def test_files_of_prompts(say, tmp_path, content):
-    path, out = tmp_path / "prompts", tmp_path / "new" / "stories.jsonl"
+def test_files_of_prompts(say, tok, tmp_path, content):
+    path, out, model = tmp_path / "prompts", tmp_path / "new" / "stories.jsonl", tmp_path / "model"
     path.write_bytes(content.encode())
+    save_model(model, random_model(tiny_config(tok.vocab_size, tie_embeddings=False), scale=0.3), tok)
     assert say("--file", path).count("─" * 60) == 2
-    say("--file", path, "--out", out, "--temperature", "0")
+    say("--file", path, "--out", out, "--temperature", "0", "--ckpt", model)
     rows = [json.loads(line) for line in open(out, encoding="utf-8")]
     assert [r["instruction"] for r in rows] == ["词汇：铲子，草地\n特点：对话", "摘要：一只猫"]
     assert set(rows[0]["met"]) == {"词汇", "特点"} and "\\u" not in out.read_text(encoding="utf-8")
     told = [("词汇：猫，狗\n特点：对话，转折", "猫和狗。"), ("词汇：猫，狗", "猫。"), ("摘要：猫", "")]
     assert sample.tally(told) == "词汇 1/2, 特点 0/1"
-    alone = say("--instruction", "摘要：一只猫", "--temperature", "0")
-    assert rows[1]["output"] in alone  # batched equals one by one
+    assert rows[0]["output"] != rows[1]["output"]
+    for row in rows:  # batched equals one by one
+        assert row["output"] in say("--instruction", row["instruction"], "--temperature", "0", "--ckpt", model)
 
 
 def test_output_streams_through_a_pipe_in_utf8(model_dir):

@@ -31,6 +31,7 @@ def test_parse_reads_what_render_writes_in_every_order():
 def test_keys_count_at_the_start_of_a_line_only():
     text = "摘要：小狗的名字叫点点，它学了很多词汇：大、小。\n词汇：名字，单词，总结"
     assert parse(text)[0] == {"摘要": "小狗的名字叫点点，它学了很多词汇：大、小。", "词汇": ["名字", "单词", "总结"]}
+    assert parse("摘要：一只猫\n它学了很多词汇：大、小。")[0] == {"摘要": "一只猫它学了很多词汇：大、小。"}
     assert parse("单词表在桌上")[0] == {} == parse("词 铲子")[0]
 
 

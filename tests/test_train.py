@@ -223,6 +223,16 @@ def test_without_validation_the_newest_weights_are_the_model(model_dir, pairs_fi
     assert not any("val_loss" in r for r in logged(out))
 
 
+def test_a_worse_validation_loss_does_not_replace_the_best_model(model_dir, pairs_file, tmp_path):
+    out = tmp_path / "run"
+    train_sft.main(list(map(str, settings(model_dir, pairs_file, out, "--lr", "1", "--min-lr", "1", "--warmup",
+                                          "0"))))
+    losses = [r["val_loss"] for r in logged(out) if "val_loss" in r]
+    assert min(losses) == losses[0] < losses[-1]
+    assert (out / "model.safetensors").read_bytes() == (model_dir / "model.safetensors").read_bytes()
+    assert (out / "last/model.safetensors").read_bytes() != (model_dir / "model.safetensors").read_bytes()
+
+
 def test_decay_is_on_matrices_only(model_dir, pairs_file, tmp_path):
     """With a tiny learning rate and an enormous decay only what decays moves."""
     out = tmp_path / "run"
