@@ -16,25 +16,25 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import find_base, load_model, write_atomic
-from constraints import LIST_KEYS, check, parse
+from constraints import LIST_KEYS, WORDS, check, parse
 from dataset import encode_prompt, read_blocks, read_records, text_field
 
 # The study's test cases: shown, never trained on.
-WORDS = "词汇：铲子，草地"
-FEATURES = "特点：转折"
-SUMMARY = "摘要：一只小蚂蚁在花园里寻找吃的，最后找到了一个苹果。"
-SENTENCE = "随机句子：天空中飘着几朵白云。"
+TWO_WORDS = "词汇：铲子，草地"
+TWIST = "特点：转折"
+ANT = "摘要：一只小蚂蚁在花园里寻找吃的，最后找到了一个苹果。"
+CLOUDS = "随机句子：天空中飘着几朵白云。"
 SINGLE = {"temperature": 0.2, "top_p": 0.9, "top_k": 30}
 COMBINED = {"temperature": 0.9, "top_p": 1.0, "top_k": 30}
 CASES = [
     ("prompt", "汤姆和杰瑞是一对好朋友", SINGLE),
-    ("instruction", WORDS, SINGLE),
-    ("instruction", FEATURES, SINGLE),
-    ("instruction", SUMMARY, SINGLE),
-    ("instruction", SENTENCE, SINGLE),
-    ("instruction", f"{WORDS}\n{FEATURES}", COMBINED),
-    ("instruction", f"{WORDS}\n{SUMMARY}", COMBINED),
-    ("instruction", f"{WORDS}\n{SENTENCE}\n{SUMMARY}", COMBINED),
+    ("instruction", TWO_WORDS, SINGLE),
+    ("instruction", TWIST, SINGLE),
+    ("instruction", ANT, SINGLE),
+    ("instruction", CLOUDS, SINGLE),
+    ("instruction", f"{TWO_WORDS}\n{TWIST}", COMBINED),
+    ("instruction", f"{TWO_WORDS}\n{ANT}", COMBINED),
+    ("instruction", f"{TWO_WORDS}\n{CLOUDS}\n{ANT}", COMBINED),
 ]
 BATCH = 64  # prompts of a file that are continued at once
 
@@ -123,15 +123,17 @@ def read_prompts(path):
 
 
 def tally(stories):
-    """[(instruction, story)] -> how many stories wholly meet a constraint, of those where a rule can tell."""
+    """[(instruction, story)] -> how many stories meet a constraint, of those where a rule can tell; for 词汇 all the
+    words, and then the words one by one."""
     met, of = Counter(), Counter()
     for instruction, story in stories:
         for key, result in check(story, parse(instruction)[0]).items():
             told = [ok for ok in (result.values() if key in LIST_KEYS else [result]) if ok is not None]
-            if told:
-                of[key] += 1
-                met[key] += all(told)
-    return ", ".join(f"{key} {met[key]}/{of[key]}" for key in of)
+            counts = {key: [all(told)] if told else []} | ({"each word": told} if key == WORDS else {})
+            for name, oks in counts.items():
+                met[name] += sum(oks)
+                of[name] += len(oks)
+    return ", ".join(f"{name} {met[name]}/{of[name]}" for name in of if of[name])
 
 
 def tell_file(model, tokenizer, prompts, max_new_tokens, seed, sampling, out):
