@@ -47,7 +47,7 @@ def hf_config(config, tokenizer, dtype):
 def gpt_config(path):
     """config.json -> GPTConfig. Raises ValueError for what this model cannot do."""
     try:
-        c = json.loads(Path(path).read_text(encoding="utf-8"))
+        c = dict(json.loads(Path(path).read_text(encoding="utf-8")))
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # transformers 5, 4
         window = c.get("sliding_window")
         refused = {
@@ -60,6 +60,10 @@ def gpt_config(path):
         for key, bad in refused.items():
             if bad:
                 raise ValueError(f"{path}: {key} {c.get(key)!r} is not supported (a plain Llama shape is)")
+        for key in ("max_position_embeddings", "vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size",
+                    "intermediate_size"):
+            if not isinstance(c[key], int) or c[key] < 1:
+                raise ValueError(f"{path}: {key} {c[key]!r} is not a size")
         return GPTConfig(
             block_size=c["max_position_embeddings"], vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"],
             n_head=c["num_attention_heads"], n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"],
@@ -71,6 +75,8 @@ def gpt_config(path):
         raise ValueError(f"{path}: line {e.lineno} is not JSON ({e.msg})") from None
     except KeyError as e:
         raise ValueError(f"{path}: {e.args[0]!r} is missing") from None
+    except (TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: not the config.json of a model ({e})") from None
 
 
 # ---- models ----
@@ -126,7 +132,10 @@ def read_tensors(directory):
     index = directory / (WEIGHTS + ".index.json")
     names = [WEIGHTS]
     if not (directory / WEIGHTS).is_file() and index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index}: not an index of shards") from None
     tensors = {}
     for name in names:
         if not (directory / name).is_file():

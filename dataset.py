@@ -233,6 +233,9 @@ class TokenBatches:
 
 def read_blocks(path):
     """A text file with blocks separated by blank lines -> list of blocks. (Prompts for sample.py.)"""
-    with open(path, encoding="utf-8-sig") as f:
-        lines = f.read().split("\n")
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            lines = f.read().split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8") from None
     return ["\n".join(group) for blank, group in groupby(lines, lambda line: not line.strip()) if not blank]

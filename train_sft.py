@@ -157,6 +157,8 @@ def train(model, tokenizer, batches, val_batches, args, state=None):
 
 def check_out(args):
     """Before any work: refuse an output directory that holds a run, unless told what to do with it."""
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file, not a directory")
     holds_run = any((args.out / name).exists() for name in (WEIGHTS, "last", "log.jsonl"))
     if holds_run and not (args.resume or args.overwrite):
         raise ValueError(f"--out {args.out} already holds a run or a model: --resume goes on, --overwrite starts anew")
@@ -281,7 +283,7 @@ def training_parser(description):
     # bookkeeping
     flag("--eval-every", type=positive(int), help="steps between validations (default: a fifth of all)")
     flag("--save-every", type=positive(int), help="steps between saves of last/ (default: as --eval-every)")
-    flag("--seed", type=int, default=1337, help="(default: %(default)s)")
+    flag("--seed", type=not_negative(int), default=1337, help="(default: %(default)s)")
     # machine
     flag("--dtype", choices=["32-true", "bf16-true", "bf16-mixed"],
          help="(default: bf16-mixed on a GPU; 32-true on a CPU, where it is often the faster one)")

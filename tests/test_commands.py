@@ -112,6 +112,11 @@ def test_the_eight_cases_are_the_default(say):
         assert text in out
 
 
+def test_cases_that_do_not_fit_are_told_so(tok, capsys):
+    sample.tell_cases(random_model(tiny_config(tok.vocab_size, block_size=24)), tok)
+    assert "no room" in capsys.readouterr().out
+
+
 def test_bare_ckpt_takes_the_last_sft_run_else_the_base(model_dir, tmp_path, monkeypatch, capsys, refused):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "find_base", lambda: None)
@@ -177,6 +182,8 @@ BAD_FLAGS = [
     (sample, ["--dtype", "fp8"], "--dtype"), (sample, ["--device", "abacus"], "--device"),
     (sample, ["--ckpt", "nowhere"], "nowhere"), (sample, ["--file", "nowhere.txt"], "nowhere.txt"),
     (sample, ["--nonsense"], "--nonsense"), (sample, ["--instruction", "长" * 300], "no room"),
+    (sample, ["--file", ".", "--out", "."], "--out"), (train_sft, ["--seed", "-1"], "--seed"),
+    (train_sft, ["--out", sample.__file__], "--out"),
     (train_sft, ["--dtype", "fp8"], "--dtype"), (train_sft, ["--lr", "-1"], "--lr"), (train_sft, ["--lr", "x"], "--lr"),
     (train_sft, ["--val-fraction", "1"], "--val-fraction"), (train_sft, ["--batch-size", "0"], "--batch-size"),
     (train_sft, ["--warmup", "-1"], "--warmup"), (train_sft, ["--device", "cuda:77"], "--device"),
@@ -237,6 +244,9 @@ def weights(edit):
     (config(rope_parameters={"rope_type": "yarn"}), ["rope_parameters", "yarn"]),
     (config(tie_word_embeddings=False), ["lm_head.weight", "missing"]),
     (lambda path: (path / "config.json").write_text("{"), ["config.json", "line 1"]),
+    (lambda path: (path / "config.json").write_text("[1]"), ["config.json"]),
+    (config(hidden_size="wide"), ["config.json"]),
+    (lambda path: (path / "model.safetensors").rename(path / "model.safetensors.index.json"), ["index"]),
     (lambda path: (path / "config.json").write_text('{"model_type": "llama"}'), ["config.json", "missing"]),
     (lambda path: (path / "model.safetensors").write_bytes(b"x" * 99), ["model.safetensors"]),
     (lambda path: (path / "tokenizer.model").write_bytes(b"x" * 99), ["tokenizer.model"]),
@@ -267,6 +277,8 @@ def test_bad_rows_reach_the_user(model_dir, tmp_path, refused):
     refused(train_sft.main, ["--init", model_dir, "--data", data, "--out", tmp_path / "run"], data, "row 2", "output")
     refused(pretrain.main, ["--data", data, "--out", tmp_path / "run"], data, "row 1", "text")
     refused(sample.main, ["--ckpt", model_dir, "--file", tmp_path], str(tmp_path))
+    data.write_bytes("词汇：狗".encode("gbk"))
+    refused(sample.main, ["--ckpt", model_dir, "--file", data], data, "not UTF-8")
     data.write_text("\n\n")
     refused(sample.main, ["--ckpt", model_dir, "--file", data], "no prompts")
     assert not (tmp_path / "run").exists()
