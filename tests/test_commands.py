@@ -297,8 +297,12 @@ def test_bf16_on_a_device_without_it_falls_back_with_a_notice(monkeypatch, capsy
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert sample.pick_dtype("bf16-mixed", torch.device("cuda")) == "32-true"
     assert "bfloat16" in capsys.readouterr().err
-    assert sample.pick_dtype("bf16-mixed", torch.device("cpu")) == "bf16-mixed"
-    assert sample.pick_dtype(None, torch.device("cpu")) == "32-true" and not capsys.readouterr().err
+    for there in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda there=there: there)
+        for name in ("bf16-mixed", "bf16-true"):
+            assert sample.pick_dtype(name, torch.device("cpu")) == (name if there else "32-true")
+            assert bool(capsys.readouterr().err) != there
+        assert sample.pick_dtype(None, torch.device("cpu")) == "32-true" and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["model.py", "sample.py", "train_sft.py", "pretrain.py", "data/generate.py"])
