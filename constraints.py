@@ -153,3 +153,32 @@ def check(story, constraints):
         else:
             met[key] = None
     return met
+
+
+def common_subsequence(a, b):
+    """Length of the longest common subsequence of two strings."""
+    best = [0] * (len(b) + 1)  # best[j]: of the part of a read so far and b[:j]
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b, 1):
+            diagonal, best[j] = best[j], diagonal + 1 if x == y else max(best[j], best[j - 1])
+    return best[-1]
+
+
+def rouge_l(summary, story):
+    """ROUGE-L recall (Lin 2004) on folded characters: the share of the summary that is a subsequence of the story."""
+    summary = fold(summary)
+    return common_subsequence(summary, fold(story)) / len(summary) if summary else 0.0
+
+
+def overlap(summary, story):
+    """Share of the summary's distinct character 2- and 3-grams that occur in the story, both folded."""
+    summary, story = fold(summary), fold(story)
+    grams = {summary[i:i + n] for n in (2, 3) for i in range(len(summary) - n + 1)}
+    return sum(gram in story for gram in grams) / len(grams) if grams else 0.0
+
+
+def tells(story, summary, others):
+    """Is the story closer to its own summary than to every one of the others (by `overlap`)? A tie is a no."""
+    own = overlap(summary, story)
+    return all(own > overlap(other, story) for other in others)

@@ -305,7 +305,8 @@ def test_bf16_on_a_device_without_it_falls_back_with_a_notice(monkeypatch, capsy
         assert sample.pick_dtype(None, torch.device("cpu")) == "32-true" and not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["model.py", "sample.py", "train_sft.py", "pretrain.py", "data/generate.py"])
+@pytest.mark.parametrize("script", ["model.py", "sample.py", "train_sft.py", "pretrain.py", "evaluate.py",
+                                    "data/generate.py"])
 def test_help(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout

@@ -1,0 +1,435 @@
+"""Does it follow instructions, and can it still write? python evaluate.py --ckpt out/sft
+
+One table, one figure (eval.png) and eval.json in --out. Stories are sampled for every instruction and judged by the
+rules of constraints.py; beside the model stand the ceiling (the stories the instructions were made from, judged by the
+same rules) and the floor (the untuned base). Every rate has a 95% bootstrap interval over instructions.
+
+The features other than 对话 are not checkable yet: they are left out of every conjunction, and counted.
+"""
+import argparse
+import json
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import find_base, load_model, write_atomic
+from constraints import (
+    FEATURE,
+    FEATURES,
+    KEYS,
+    LIST_KEYS,
+    SENTENCE,
+    SUMMARY,
+    WORDS,
+    check,
+    fold,
+    parse,
+    permutations,
+    render,
+    rouge_l,
+    tells,
+)
+from dataset import by_length, encode_prompt, read_records, read_stories, text_field
+from model import IGNORE
+from sample import fail, pick_device
+
+HANDWRITTEN = Path(__file__).parent / "data" / "eval_instructions.jsonl"
+BUILTIN, BUILTIN_SEED = 100, 99  # instructions of generated stories that stand beside the handwritten ones
+PLAIN, PLAIN_SEED = 100, 98      # plain stories on which forgetting is measured
+RIVALS = 19                      # other summaries that a story is compared with
+RESAMPLES = 2000                 # of the bootstrap
+ORDER_ROWS, ORDERS = 8, 6        # instructions, and orders of each, that order_spread looks at
+BATCH = 64
+
+
+# ---- the instructions ----
+
+def read_rows(path):
+    """Instruction records -> [{"constraints", "story" or None}]. Raises ValueError naming file and row."""
+    rows = []
+    for number, record in read_records(path):
+        where = f"{path}: row {number}"
+        parts = [text_field(path, number, record, ["instruction"], required="constraints" not in record),
+                 text_field(path, number, record, ["input"], required=False)]
+        given = record.get("constraints")
+        if given is not None and not isinstance(given, dict):
+            raise ValueError(f"{where}: 'constraints' is {type(given).__name__}, not an object")
+        for key, value in (given or {}).items():
+            if key not in KEYS:
+                raise ValueError(f"{where}: unknown constraint {key!r} (known: {'，'.join(KEYS)})")
+            items = value if key in LIST_KEYS and isinstance(value, list) else [value]
+            if (key in LIST_KEYS) != isinstance(value, list) or not all(isinstance(item, str) for item in items):
+                raise ValueError(f"{where}: {key} is not a {'list of strings' if key in LIST_KEYS else 'string'}")
+        # one reading for both: what the prompt says is what is checked
+        constraints = parse(render(given) if given else "\n".join(filter(None, parts)))[0]
+        if not constraints:
+            raise ValueError(f"{where}: no constraints")
+        for name in constraints.get(FEATURE, []):
+            if name not in FEATURES:
+                raise ValueError(f"{where}: unknown feature {name!r} (known: {'，'.join(FEATURES)})")
+        if not any(fold("".join(value)) for value in constraints.values()):
+            raise ValueError(f"{where}: no constraint that can be checked")
+        story = text_field(path, number, record, ["output"], required=False)
+        rows.append({"constraints": constraints, "story": story or None})
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def builtin_rows():
+    """The handwritten instructions, and those of generated stories, which have the story too."""
+    from data.generate import instructions, stories
+    made = instructions(list(stories(BUILTIN, BUILTIN_SEED)), BUILTIN_SEED)
+    return read_rows(HANDWRITTEN) + [{"constraints": r["constraints"], "story": r["output"]} for r in made]
+
+
+def add_rivals(rows, seed):
+    """Give every row with a summary the 19 others it is told apart from: the same kind of protagonist first."""
+    from data.generate import load
+    lexicon, _ = load()
+    cast = ("animal", "boy", "girl", "pet_name", "boy_name", "girl_name", "elder", "bird")
+    kinds = {e["word"]: name.removesuffix("_name").replace("pet", "animal")
+             for name in cast for e in lexicon[name]["entries"]}
+
+    def protagonist(summary):
+        first = min(((summary.find(word), kind) for word, kind in kinds.items() if word in summary), default=(0, ""))
+        return first[1]
+
+    summaries = sorted({row["constraints"][SUMMARY] for row in rows if SUMMARY in row["constraints"]})
+    for i, row in enumerate(rows):
+        own = row["constraints"].get(SUMMARY)
+        others = [s for s in summaries if s != own]
+        random.Random(f"{seed}-{i}").shuffle(others)
+        row["rivals"] = sorted(others, key=lambda s: protagonist(s) != protagonist(own or ""))[:RIVALS]
+
+
+# ---- judging ----
+
+def judge(row, story):
+    """Which kinds of constraint does the story meet? -> {词汇: True, ...}; None where no rule can tell."""
+    met = {}
+    for key, result in check(story, row["constraints"]).items():
+        if key == SUMMARY:
+            met[key] = tells(story, row["constraints"][key], row["rivals"]) if row["rivals"] else None
+        elif key in LIST_KEYS:
+            known = [ok for ok in result.values() if ok is not None]
+            met[key] = all(known) if known else None
+        else:
+            met[key] = result
+    return met
+
+
+def interval(groups, seed):
+    """groups: the outcomes of each instruction. -> {rate, lo, hi, n}: mean over instructions of their means, with the
+    95% percentile bootstrap interval over instructions (Efron 1979)."""
+    means = np.array([np.mean(g) for g in groups if len(g)], float)
+    if not len(means):
+        return {"rate": None, "lo": None, "hi": None, "n": 0}
+    draws = np.random.default_rng(seed).integers(len(means), size=(RESAMPLES, len(means)))
+    lo, hi = np.percentile(means[draws].mean(1), (2.5, 97.5))
+    return {"rate": float(means.mean()), "lo": float(lo), "hi": float(hi), "n": len(means)}
+
+
+def obedience(rows, told, seed):
+    """told[i]: the stories of rows[i]. -> satisfied, independent, by_kind, …; a row counts by its checkable kinds."""
+    by_number, by_kind, alone = defaultdict(list), defaultdict(list), defaultdict(list)
+    asked, unchecked = [], 0
+    for row, stories in zip(rows, told):
+        unchecked += sum(name != "对话" for name in row["constraints"].get(FEATURE, []))
+        verdicts = [judge(row, story) for story in stories]
+        kinds = [key for key in row["constraints"] if verdicts and verdicts[0][key] is not None]
+        if kinds:
+            by_number[len(kinds)].append([all(v[key] for key in kinds) for v in verdicts])
+            asked.append(kinds)
+        for key in kinds:
+            outcomes = [v[key] for v in verdicts]
+            by_kind[key].append(outcomes)
+            if len(kinds) == 1:
+                alone[key].append(outcomes)
+            if key == WORDS:
+                words = row["constraints"][WORDS]
+                by_kind["每个词"].append([word in story for story in stories for word in words])
+            if key == SENTENCE:
+                sentence = row["constraints"][SENTENCE]
+                by_kind["随机句子（宽松）"].append([rouge_l(sentence, story) >= 0.8 for story in stories])
+            if key == SUMMARY:
+                by_kind["摘要 ROUGE-L"].append([rouge_l(row["constraints"][SUMMARY], story) for story in stories])
+    single = {key: np.mean([np.mean(g) for g in (alone[key] or groups)]) for key, groups in by_kind.items()}
+    return {
+        "satisfied": {str(k): interval(by_number[k], seed) for k in sorted(by_number)},
+        "independent": {str(k): float(np.mean([np.prod([single[key] for key in kinds]) for kinds in asked
+                                               if len(kinds) == k])) for k in sorted(by_number) if k > 1},
+        "by_kind": {key: interval(groups, seed) for key, groups in by_kind.items()},
+        "unchecked_features": unchecked,
+    }
+
+
+# ---- generating ----
+
+def write_stories(model, tokenizer, instructions, samples, seed, sampling, bar=None):
+    """-> for each instruction `samples` pairs (story, ended with EOS)."""
+    limit = sampling["max_new_tokens"]
+    prompts = [encode_prompt(tokenizer, text)[:model.config.block_size - 1] for text in instructions]
+    order = sorted((i for i in range(len(prompts)) for _ in range(samples)), key=lambda i: len(prompts[i]))
+    told = [[] for _ in instructions]
+    for start in range(0, len(order), BATCH):
+        rows = order[start:start + BATCH]
+        texts = model.generate([prompts[i] for i in rows], eos_id=tokenizer.eos_id, seed=seed + start, **sampling)
+        for i, ids in zip(rows, texts):
+            full = len(ids) == limit or len(prompts[i]) + len(ids) == model.config.block_size
+            told[i].append((tokenizer.decode(ids), not full))
+        if bar is not None:
+            bar.update(len(rows))
+    return told
+
+
+def order_spread(model, tokenizer, rows, seed, sampling, bar=None):
+    """How far do the orders of the same constraints differ? Written greedily, so that all difference is the order's:
+    the mean over instructions of (highest - lowest) share of constraints met. None without rows that can tell."""
+    several = [row for row in rows if sum(v is not None for v in judge(row, "").values()) > 1]
+    spreads = []
+    for row in several[::-(-len(several) // ORDER_ROWS) or 1]:
+        orders = list(permutations(row["constraints"]))
+        orders = orders[::-(-len(orders) // ORDERS)]
+        told = write_stories(model, tokenizer, [render(c) for c in orders], 1, seed, sampling | {"temperature": 0}, bar)
+        met = [[ok for ok in judge(row, story).values() if ok is not None] for [(story, _)] in told]
+        shares = [np.mean(m) for m in met]
+        spreads.append(max(shares) - min(shares))
+    return float(np.mean(spreads)) if spreads else None
+
+
+# ---- coherence, forgetting, memorisation ----
+
+@torch.no_grad()
+def plain_loss(model, tokenizer, stories):
+    """Loss of plain stories, nats per token: sum over all their tokens and EOS / number. An EOS stands before each."""
+    size = model.config.block_size
+    ids = [([tokenizer.eos_id] + tokenizer.encode(story) + [tokenizer.eos_id])[:size] for story in stories if story]
+    loss = n = 0
+    device = model.lm_head.weight.device
+    for x, y in by_length([(row, row) for row in ids], 16):
+        loss += model(x.to(device), y.to(device)).item()
+        n += (y != IGNORE).sum().item()
+    return loss / n if n else None
+
+
+def repetition(stories):
+    """rep4: mean share of a story's character 4-grams that it has had before; distinct2, distinct3: distinct
+    character n-grams / all, over all the stories together (Li et al. 2016)."""
+    def grams(text, n):
+        return [text[i:i + n] for i in range(len(text) - n + 1)]
+    again = [1 - len(set(g)) / len(g) for g in (grams(s, 4) for s in stories) if g]
+    found = {"rep4": float(np.mean(again)) if again else None}
+    for n in (2, 3):
+        every = [g for s in stories for g in grams(s, n)]
+        found[f"distinct{n}"] = len(set(every)) / len(every) if every else None
+    return found
+
+
+def gram_hashes(texts, n):
+    """The hashes of all character n-grams of the texts (uint64), and the text that each is from."""
+    codes = [np.frombuffer(t.encode("utf-32-le"), np.uint32).astype(np.uint64) for t in texts]
+    power = np.uint64(0x9E3779B97F4A7C15) ** np.arange(n, dtype=np.uint64)  # wraps around, as hashes do
+    hashes = [np.convolve(c, power, "valid") if len(c) >= n else c[:0] for c in codes]
+    return np.concatenate(hashes), np.repeat(np.arange(len(texts)), [len(h) for h in hashes])
+
+
+def longest_common(stories, training):
+    """For each story the length of its longest substring that some training story has too, found by bisection over n:
+    are any of its n-grams among theirs?"""
+    longest = np.zeros(len(stories), int)
+
+    def bisect(which, lo, hi):  # their longest is at least lo and below hi
+        if hi - lo == 1 or not len(which):
+            longest[which] = lo
+            return
+        middle = (lo + hi) // 2
+        ours, owner = gram_hashes([stories[i] for i in which], middle)
+        shared = np.isin(ours, gram_hashes(training, middle)[0])
+        has = np.isin(np.arange(len(which)), owner[shared])
+        bisect(which[~has], lo, middle)
+        bisect(which[has], middle, hi)
+
+    bisect(np.arange(len(stories)), 0, max(map(len, stories), default=0) + 1)
+    return longest.tolist()
+
+
+def highest_rouge2(stories, training):
+    """For each story the highest ROUGE-2 precision against one training story: the share of its character 2-grams
+    (each as often as both have it) that one of them has. By an index 2-gram -> training stories."""
+    index = defaultdict(Counter)
+    for i, text in enumerate(training):
+        for j in range(len(text) - 1):
+            index[text[j:j + 2]][i] += 1
+    arrays = {gram: (np.array(list(c)), np.array(list(c.values()))) for gram, c in index.items()}
+    highest = []
+    for story in stories:
+        shared = np.zeros(len(training))
+        grams = Counter(story[j:j + 2] for j in range(len(story) - 1))
+        for gram, count in grams.items():
+            if gram in arrays:
+                who, often = arrays[gram]
+                shared[who] += np.minimum(often, count)
+        highest.append(float(shared.max() / grams.total()) if grams and len(training) else 0.0)
+    return highest
+
+
+# ---- all of it ----
+
+def evaluate(model, tokenizer, rows, base=None, plain=(), training=(), samples=2, seed=1337, temperature=0.2, top_p=0.9,
+             top_k=30, max_new_tokens=300, progress=False):
+    """-> the dict of eval.json, without args.
+
+    rows: of `read_rows`. base: the untuned model with the same tokenizer, for floor, gen_nll and base_nll. plain:
+    held-out stories. training: the stories that the model was trained on. Losses are in nats per token. The same seed
+    gives the same dict.
+    """
+    add_rivals(rows, seed)
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
+    instructions = [render(row["constraints"]) for row in rows]
+    was_training = model.training
+    model.eval()
+    with tqdm(total=len(rows) * samples * (1 if base is None else 2), unit="story", disable=not progress) as bar:
+        told = write_stories(model, tokenizer, instructions, samples, seed, sampling, bar)
+        result = obedience(rows, [[story for story, _ in pairs] for pairs in told], seed)
+        floor = None
+        if base is not None:
+            base.eval()
+            chance = write_stories(base, tokenizer, instructions, samples, seed, sampling, bar)
+            floor = obedience(rows, [[story for story, _ in pairs] for pairs in chance], seed)
+    stories = [story for pairs in told for story, _ in pairs]
+    result |= {
+        "order_spread": order_spread(model, tokenizer, rows, seed, sampling),
+        "plain_nll": plain_loss(model, tokenizer, plain),
+        "base_nll": plain_loss(base, tokenizer, plain) if base is not None else None,
+        "gen_nll": plain_loss(base, tokenizer, stories) if base is not None else None,
+        **repetition(stories),
+        "eos_rate": float(np.mean([ended for pairs in told for _, ended in pairs])),
+        "mean_chars": float(np.mean([len(story) for story in stories])),
+        "lcs": float(np.mean(longest_common(stories, training))) if len(training) else None,
+        "rouge2": float(np.mean(highest_rouge2(stories, training))) if len(training) else None,
+    }
+    known = [row for row in rows if row["story"]]
+    result["ceiling"] = obedience(known, [[row["story"]] for row in known], seed) if known else None
+    result["floor"] = floor
+    result["seed"] = seed
+    model.train(was_training)
+    return result
+
+
+def table(result):
+    """The result as lines of text: model, ceiling and floor side by side."""
+    def cell(part, name):
+        found = (part or {}).get(name)
+        if not found or found["rate"] is None:
+            return f"{'–':>22}"
+        return f"{found['rate']:7.1%} [{found['lo']:4.0%}, {found['hi']:4.0%}]".rjust(22)
+
+    columns = [result, result["ceiling"] or {}, result["floor"] or {}]
+    lines = [f"{'met':<20}{'n':>5}{'model':>22}{'ceiling':>22}{'floor':>22}{'if independent':>16}"]
+    for section, label in (("by_kind", "{}"), ("satisfied", "all of {}")):
+        for name in result[section]:
+            independent = result["independent"].get(name) if section == "satisfied" else None
+            title = label.format(name)
+            lines.append(title + " " * (20 - sum(2 if ord(c) > 255 else 1 for c in title))
+                         + f"{result[section][name]['n']:5}" + "".join(cell(c.get(section), name) for c in columns)
+                         + (f"{independent:16.1%}" if independent is not None else ""))
+    lines.append(f"features that no rule can check: {result['unchecked_features']} (left out)")
+    for names in (("order_spread", "eos_rate", "mean_chars"), ("rep4", "distinct2", "distinct3"),
+                  ("plain_nll", "base_nll", "gen_nll"), ("lcs", "rouge2")):
+        lines.append("   ".join(f"{name} " + ("–" if result[name] is None else f"{result[name]:.3f}")
+                                for name in names))
+    return "\n".join(lines)
+
+
+def plot(result, path):
+    """eval.png: share of stories that meet all of 1, 2, 3, 4 constraints."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    parts = [("model", result, "tab:blue", "o-"), ("ceiling", result["ceiling"], "tab:gray", "^--"),
+             ("floor", result["floor"], "tab:orange", "s:")]
+    for label, part, color, style in parts:
+        if part and part["satisfied"]:
+            at = [int(k) for k in part["satisfied"]]
+            rate, lo, hi = (np.array([v[key] for v in part["satisfied"].values()]) for key in ("rate", "lo", "hi"))
+            ax.errorbar(at, rate, yerr=np.abs([rate - lo, hi - rate]), fmt=style, color=color, capsize=3, label=label)
+    if result["independent"]:
+        ax.plot([int(k) for k in result["independent"]], list(result["independent"].values()), "x", color="black",
+                label="model, were errors independent")
+    ax.set(xlabel="checkable constraints in the instruction", ylabel="all met (share of stories)", ylim=(-0.03, 1.03),
+           xticks=range(1, len(KEYS) + 1))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Does the model follow instructions, and can it still write?")
+    parser.error = fail
+    parser.add_argument("--ckpt", type=Path, help="model directory (default: out/sft, else the base model)")
+    parser.add_argument("--base", type=Path, help="the untuned model (default: the base model)")
+    parser.add_argument("--data", type=Path, help="instruction records (default: handwritten and generated ones)")
+    parser.add_argument("--train-data", type=Path, help="stories that the model was trained on, for memorisation "
+                                                        "(default: the built-in ones)")
+    parser.add_argument("--out", type=Path, help="folder for eval.json and eval.png (default: --ckpt)")
+    parser.add_argument("--samples", type=int, default=2, help="stories an instruction (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 is argmax (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    args = parser.parse_args(argv)
+    if args.samples < 1:
+        parser.error(f"--samples {args.samples} is below 1")
+    if not args.temperature >= 0:
+        parser.error(f"--temperature {args.temperature} is below 0")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    from data.generate import stories
+    try:
+        base_dir = args.base or find_base()
+        ckpt = args.ckpt or (Path("out/sft") if Path("out/sft/config.json").is_file() else base_dir)
+        if ckpt is None:
+            raise ValueError("there is no model yet: run train_sft.py, or name one with --ckpt")
+        rows = read_rows(args.data) if args.data else builtin_rows()
+        device = pick_device(args.device)
+        model, tokenizer = load_model(ckpt)
+        model.to(device, torch.float32)
+        base = None
+        if base_dir is not None:
+            base, base_tokenizer = load_model(base_dir)
+            base.to(device, torch.float32)
+            if base_tokenizer.encode(SUMMARY + "小兔") != tokenizer.encode(SUMMARY + "小兔"):
+                raise ValueError(f"--base {base_dir}: its tokenizer is not that of {ckpt}")
+        if args.train_data:
+            training = read_stories(args.train_data)
+        else:
+            from pretrain import BUILTIN_SEED as SEED
+            from pretrain import BUILTIN_STORIES
+            training = [record["text"] for record in stories(BUILTIN_STORIES, SEED)]
+        out = args.out or ckpt
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as e:
+        fail(e)
+    plain = [record["text"] for record in stories(PLAIN, PLAIN_SEED)]
+    result = evaluate(model, tokenizer, rows, base, plain, training, args.samples, args.seed, args.temperature,
+                      progress=True)
+    result["args"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    write_atomic(out / "eval.json", lambda p: p.write_text(json.dumps(result, indent=2, ensure_ascii=False), "utf-8"))
+    plot(result, out / "eval.png")
+    print(table(result))
+    print(f"{out / 'eval.json'}, {out / 'eval.png'}")
+
+
+if __name__ == "__main__":
+    from evaluate import main
+    main()
