@@ -16,6 +16,7 @@ import random
 import re
 import sys
 import tomllib
+import zlib
 from itertools import combinations, count
 from pathlib import Path
 
@@ -32,6 +33,7 @@ STORY_CHARS = 100, 260
 SUMMARY_CHARS = 15, 60
 SENTENCE_CHARS = 6, 30          # preferred length of the sentence that serves as 随机句子
 TALK = 0.64                     # share of stories that may use phrasings with speech in them
+HELD_OUT = 400                  # one in so many pairs of slot words never occurs in a training story
 TRIES = 200                     # phrasings drawn anew until length and recurrence are right
 
 
@@ -155,8 +157,10 @@ def load_plot(path, lexicon):
     text = path.read_text(encoding="utf-8")
     running = {entry["word"]: group["pos"] for group in lexicon.values() if group.get("in_text")
                for entry in group["entries"] if entry["word"] in text}
+    slot_words = [entry["word"] for group in lexicon.values() if group.get("pos") and not group.get("in_text")
+                  for entry in group["entries"]]
     return {"path": path, "name": plot["name"], "central": plot["central"], "slots": slots,
-            "endings": list(endings.values()), "running": running}
+            "endings": list(endings.values()), "running": running, "slot_words": slot_words}
 
 
 def classes_of(lexicon, kind, where):
@@ -250,6 +254,12 @@ def recurs(text, plot, values):
             and all(text.count(values[slot]) >= 3 for slot in named if values[slot] in text))
 
 
+def held_out_pair(words, text):
+    """The first pair of these slot words that is held out and occurs in the text, or None. A pair's hash decides."""
+    there = sorted(word for word in words if word in text)
+    return next((pair for pair in combinations(there, 2) if zlib.crc32("，".join(pair).encode()) % HELD_OUT == 0), None)
+
+
 def some_words(found, text, rng):
     """Two or three of the {word: pos} in text, of different parts of speech if possible; more often what recurs."""
     words = [word for word in found for _ in range(min(text.count(word), 3))]
@@ -259,8 +269,11 @@ def some_words(found, text, rng):
     return sorted(words, key=rank.get)[:rng.choice((2, 3))]     # the first noun, verb, adjective; then the second ...
 
 
-def compose(lexicon, plots, rng):
-    """A story record without its id, and (plot, values): what it was made from. ValueError if a plot cannot be told."""
+def compose(lexicon, plots, rng, held_out=False):
+    """A story record without its id, and (plot, values): what it was made from. ValueError if a plot cannot be told.
+
+    held_out: a story with a pair of words that no other story has, and that pair as its `words`.
+    """
     plot = rng.choice(plots)
     ending = rng.choice(plot["endings"])
     talk = rng.random() < TALK
@@ -271,13 +284,15 @@ def compose(lexicon, plots, rng):
         once = [s for s in sentences(text) if text.count(s) == 1 and s.count("“") == s.count("”")]
         if (STORY_CHARS[0] <= len(text) <= STORY_CHARS[1] and SUMMARY_CHARS[0] <= len(summary) <= SUMMARY_CHARS[1]
                 and summary not in text and once and recurs(text, plot, values)):
-            break
+            pair = held_out_pair(words if held_out else plot["slot_words"], text)
+            if bool(pair) == held_out:
+                break
     else:
         raise ValueError(f"{plot['path']}: ending {ending['name']!r}: {TRIES} tries gave no story of {STORY_CHARS[0]} "
                          f"to {STORY_CHARS[1]} characters with each name and {plot['central']!r} three times in it")
     fitting = [s for s in once if SENTENCE_CHARS[0] <= len(s) <= SENTENCE_CHARS[1]]
     true = ending["features"] | ({"对话"} if has_dialogue(text) else set())
-    record = {"text": text, "words": some_words(words | plot["running"], text, rng),
+    record = {"text": text, "words": list(pair or some_words(words | plot["running"], text, rng)),
               "features": [feature for feature in FEATURES if feature in true],
               "sentence": rng.choice(fitting or once), "summary": summary}
     return record, (plot, values)
@@ -286,20 +301,20 @@ def compose(lexicon, plots, rng):
 # -----------------------------------------------------------------------------
 # many stories, and instructions for them
 
-def stories(n, seed, folder=LANGUAGE):
+def stories(n, seed, folder=LANGUAGE, held_out=False):
     """n story records, made one by one: text, words, features, sentence, summary, story_id. Raises ValueError.
 
     Story i depends on (seed, i) only, so fewer stories are the beginning of more; texts seen before are passed over.
     """
     if n < 1:
         raise ValueError(f"--n {n}: must be at least 1")
-    return _stories(n, seed, *load(folder))     # bad files are reported by the call, not by the first story
+    return _stories(n, seed, *load(folder), held_out)     # bad files are reported by the call, not by the first story
 
 
-def _stories(n, seed, lexicon, plots):
+def _stories(n, seed, lexicon, plots, held_out):
     seen = set()
     for i in count():
-        record, _ = compose(lexicon, plots, random.Random(f"{seed}-{i}"))
+        record, _ = compose(lexicon, plots, random.Random(f"{seed}-{i}"), held_out=held_out)
         key = hashlib.blake2b(record["text"].encode(), digest_size=12).digest()
         if key in seen:
             if i > 100 + 10 * len(seen):
@@ -347,6 +362,8 @@ def parse_args(argv=None):
     parser.error = lambda message: parser.exit(2, f"generate.py: {message}\n")
     parser.add_argument("--n", type=int, default=20000, help="number of stories")
     parser.add_argument("--seed", type=int, default=1, help="same seed, same stories")
+    parser.add_argument("--split", choices=("train", "heldout"), default="train",
+                        help="heldout: each story's 词汇 is a pair of words that no train story has together")
     parser.add_argument("--out", default="out/data/stories.jsonl", help="story records, JSONL; overwritten")
     parser.add_argument("--instructions", metavar="FILE", help="also write one instruction a story, JSONL; overwritten")
     parser.add_argument("--language", default=LANGUAGE, metavar="DIR", help="folder of lexicon.toml and plots/")
@@ -356,7 +373,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        told = stories(args.n, args.seed, args.language)
+        told = stories(args.n, args.seed, args.language, args.split == "heldout")
         records = list(tqdm(told, total=args.n, unit="story", disable=args.n < 20000))
         write_jsonl(records, args.out)
         if args.instructions:

@@ -136,7 +136,7 @@ def test_same_seed_same_bytes_other_seed_other_stories(records, told):
 def test_a_duplicate_is_passed_over(language, monkeypatch):
     real, calls = generate.compose, []
 
-    def compose(lexicon, plots, rng):
+    def compose(lexicon, plots, rng, **_):
         calls.append(rng)
         return real(lexicon, plots, generate.random.Random(0) if len(calls) < 4 else rng)   # the first three are alike
 
@@ -323,3 +323,12 @@ def test_a_helper_who_is_named_is_named_three_times(tmp_path, capsys):
     assert "200 tries" in failure(capsys, "--n", 1, *where)
     path.write_text(text.replace("{who.full}睡着了", "{who.full}睡着了，" + "{pal}也睡着了，" * 3), encoding="utf-8")
     generate.main(["--n", "1", *where])
+
+
+def test_held_out_word_pairs_occur_in_no_training_story():
+    told = [record["text"] for record in generate.stories(5000, 1)]
+    held_out = list(generate.stories(100, 99, held_out=True))
+    for record in held_out:
+        assert len(record["words"]) == 2 and all(word in record["text"] for word in record["words"])
+        assert not [text for text in told if all(word in text for word in record["words"])]
+    assert not {record["text"] for record in held_out} & set(told)
