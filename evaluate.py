@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from checkpoint import find_base, load_model, write_atomic
 from constraints import (
@@ -33,9 +32,9 @@ from constraints import (
     rouge_l,
     tells,
 )
-from dataset import by_length, encode_prompt, read_records, read_stories, text_field
+from dataset import by_length, read_records, read_stories, text_field
 from model import IGNORE
-from sample import fail, pick_device
+from sample import continue_all, encode, fail, find_model, pick_device
 
 HANDWRITTEN = Path(__file__).parent / "data" / "eval_instructions.jsonl"
 BUILTIN, BUILTIN_SEED = 100, 99  # instructions of generated stories that stand beside the handwritten ones
@@ -43,7 +42,6 @@ PLAIN, PLAIN_SEED = 100, 98      # plain stories on which forgetting is measured
 RIVALS = 19                      # other summaries that a story is compared with
 RESAMPLES = 2000                 # of the bootstrap
 ORDER_ROWS, ORDERS = 8, 6        # instructions, and orders of each, that order_spread looks at
-BATCH = 64
 
 
 # ---- the instructions ----
@@ -65,7 +63,8 @@ def read_rows(path):
             if (key in LIST_KEYS) != isinstance(value, list) or not all(isinstance(item, str) for item in items):
                 raise ValueError(f"{where}: {key} is not a {'list of strings' if key in LIST_KEYS else 'string'}")
         # one reading for both: what the prompt says is what is checked
-        constraints = parse(render(given) if given else "\n".join(filter(None, parts)))[0]
+        asked = {"constraints": render(given) if given else "\n".join(filter(None, parts))}
+        constraints = parse(text_field(path, number, asked, ["constraints"], required=False))[0]
         if not constraints:
             raise ValueError(f"{where}: no constraints")
         for name in constraints.get(FEATURE, []):
@@ -85,6 +84,15 @@ def builtin_rows():
     from data.generate import instructions, stories
     made = instructions(list(stories(BUILTIN, BUILTIN_SEED, held_out=True)), BUILTIN_SEED)
     return read_rows(HANDWRITTEN) + [{"constraints": r["constraints"], "story": r["output"]} for r in made]
+
+
+def builtin_training():
+    """The texts of all stories that the default base and the default fine-tuning are trained on."""
+    import pretrain
+    import train_sft
+    from data.generate import stories
+    return [record["text"] for module in (pretrain, train_sft)
+            for record in stories(module.BUILTIN_STORIES, module.BUILTIN_SEED)]
 
 
 def add_rivals(rows, seed):
@@ -170,24 +178,18 @@ def obedience(rows, told, seed):
 
 # ---- generating ----
 
-def write_stories(model, tokenizer, instructions, samples, seed, sampling, bar=None):
-    """-> for each instruction `samples` pairs (story, ended with EOS)."""
-    limit = sampling["max_new_tokens"]
-    prompts = [encode_prompt(tokenizer, text)[:model.config.block_size - 1] for text in instructions]
-    order = sorted((i for i in range(len(prompts)) for _ in range(samples)), key=lambda i: len(prompts[i]))
-    told = [[] for _ in instructions]
-    for start in range(0, len(order), BATCH):
-        rows = order[start:start + BATCH]
-        texts = model.generate([prompts[i] for i in rows], eos_id=tokenizer.eos_id, seed=seed + start, **sampling)
-        for i, ids in zip(rows, texts):
-            full = len(ids) == limit or len(prompts[i]) + len(ids) == model.config.block_size
-            told[i].append((tokenizer.decode(ids), not full))
-        if bar is not None:
-            bar.update(len(rows))
-    return told
+def write_stories(model, tokenizer, instructions, samples, seed, sampling, quiet=True):
+    """-> (a list of `samples` stories an instruction, the share of them that ended with EOS). Raises ValueError for an
+    instruction that leaves no room for a story."""
+    size, most = model.config.block_size, sampling["max_new_tokens"]
+    prompts = [encode(tokenizer, "instruction", text, size) for text in instructions for _ in range(samples)]
+    texts = continue_all(model, prompts, tokenizer.eos_id, seed, sampling, quiet)
+    ended = [len(ids) < min(most, size - len(prompt)) for ids, prompt in zip(texts, prompts)]
+    stories = [tokenizer.decode(ids) for ids in texts]
+    return [stories[i:i + samples] for i in range(0, len(stories), samples)], float(np.mean(ended))
 
 
-def order_spread(model, tokenizer, rows, seed, sampling, bar=None):
+def order_spread(model, tokenizer, rows, seed, sampling):
     """How far do the orders of the same constraints differ? Written greedily, so that all difference is the order's:
     the mean over instructions of (highest - lowest) share of constraints met. None without rows that can tell."""
     several = [row for row in rows if sum(v is not None for v in judge(row, "").values()) > 1]
@@ -195,8 +197,8 @@ def order_spread(model, tokenizer, rows, seed, sampling, bar=None):
     for row in several[::-(-len(several) // ORDER_ROWS) or 1]:
         orders = list(permutations(row["constraints"]))
         orders = orders[::-(-len(orders) // ORDERS)]
-        told = write_stories(model, tokenizer, [render(c) for c in orders], 1, seed, sampling | {"temperature": 0}, bar)
-        met = [[ok for ok in judge(row, story).values() if ok is not None] for [(story, _)] in told]
+        told, _ = write_stories(model, tokenizer, [render(c) for c in orders], 1, seed, sampling | {"temperature": 0})
+        met = [[ok for ok in judge(row, story).values() if ok is not None] for [story] in told]
         shares = [np.mean(m) for m in met]
         spreads.append(max(shares) - min(shares))
     return float(np.mean(spreads)) if spreads else None
@@ -293,22 +295,20 @@ def evaluate(model, tokenizer, rows, base=None, plain=(), training=(), samples=2
     instructions = [render(row["constraints"]) for row in rows]
     was_training = model.training
     model.eval()
-    with tqdm(total=len(rows) * samples * (1 if base is None else 2), unit="story", disable=not progress) as bar:
-        told = write_stories(model, tokenizer, instructions, samples, seed, sampling, bar)
-        result = obedience(rows, [[story for story, _ in pairs] for pairs in told], seed)
-        floor = None
-        if base is not None:
-            base.eval()
-            chance = write_stories(base, tokenizer, instructions, samples, seed, sampling, bar)
-            floor = obedience(rows, [[story for story, _ in pairs] for pairs in chance], seed)
-    stories = [story for pairs in told for story, _ in pairs]
+    quiet = None if progress else True
+    told, eos_rate = write_stories(model, tokenizer, instructions, samples, seed, sampling, quiet)
+    result, floor = obedience(rows, told, seed), None
+    if base is not None:
+        base.eval()
+        floor = obedience(rows, write_stories(base, tokenizer, instructions, samples, seed, sampling, quiet)[0], seed)
+    stories = [story for some in told for story in some]
     result |= {
         "order_spread": order_spread(model, tokenizer, rows, seed, sampling),
         "plain_nll": plain_loss(model, tokenizer, plain),
         "base_nll": plain_loss(base, tokenizer, plain) if base is not None else None,
         "gen_nll": plain_loss(base, tokenizer, stories) if base is not None else None,
         **repetition(stories),
-        "eos_rate": float(np.mean([ended for pairs in told for _, ended in pairs])),
+        "eos_rate": eos_rate,
         "mean_chars": float(np.mean([len(story) for story in stories])),
         "lcs": float(np.mean(longest_common(stories, training))) if len(training) else None,
         "rouge2": float(np.mean(highest_rouge2(stories, training))) if len(training) else None,
@@ -396,10 +396,7 @@ def main(argv=None):
     args = parse_args(argv)
     from data.generate import stories
     try:
-        base_dir = args.base or find_base()
-        ckpt = args.ckpt or (Path("out/sft") if Path("out/sft/config.json").is_file() else base_dir)
-        if ckpt is None:
-            raise ValueError("there is no model yet: run train_sft.py, or name one with --ckpt")
+        ckpt, base_dir = find_model(args.ckpt), args.base or find_base()
         rows = read_rows(args.data) if args.data else builtin_rows()
         device = pick_device(args.device)
         model, tokenizer = load_model(ckpt)
@@ -408,21 +405,16 @@ def main(argv=None):
         if base_dir is not None:
             base, base_tokenizer = load_model(base_dir)
             base.to(device, torch.float32)
-            if base_tokenizer.encode(SUMMARY + "小兔") != tokenizer.encode(SUMMARY + "小兔"):
+            if base_tokenizer.files["tokenizer.model"] != tokenizer.files["tokenizer.model"]:
                 raise ValueError(f"--base {base_dir}: its tokenizer is not that of {ckpt}")
-        if args.train_data:
-            training = read_stories(args.train_data)
-        else:
-            from pretrain import BUILTIN_SEED as SEED
-            from pretrain import BUILTIN_STORIES
-            training = [record["text"] for record in stories(BUILTIN_STORIES, SEED)]
+        training = read_stories(args.train_data) if args.train_data else builtin_training()
         out = args.out or ckpt
         out.mkdir(parents=True, exist_ok=True)
+        plain = [record["text"] for record in stories(PLAIN, PLAIN_SEED)]
+        result = evaluate(model, tokenizer, rows, base, plain, training, args.samples, args.seed, args.temperature,
+                          progress=True)
     except (ValueError, OSError) as e:
         fail(e)
-    plain = [record["text"] for record in stories(PLAIN, PLAIN_SEED)]
-    result = evaluate(model, tokenizer, rows, base, plain, training, args.samples, args.seed, args.temperature,
-                      progress=True)
     result["args"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     write_atomic(out / "eval.json", lambda p: p.write_text(json.dumps(result, indent=2, ensure_ascii=False), "utf-8"))
     plot(result, out / "eval.png")

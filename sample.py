@@ -73,6 +73,14 @@ def pick_dtype(name, device):
     return name
 
 
+def find_model(ckpt):
+    """--ckpt, or out/sft, or the base model. Raises ValueError if there is none."""
+    ckpt = ckpt or (Path("out/sft") if Path("out/sft/config.json").is_file() else find_base())
+    if ckpt is None:
+        raise ValueError("there is no model yet: run train_sft.py, or name one with --ckpt")
+    return ckpt
+
+
 def encode(tokenizer, kind, text, block_size):
     """An instruction, or the plain opening of a story, -> ids. Raises ValueError if it leaves no room for a story."""
     # base models read stories with EOS between them, so EOS is what stands before a story without an opening
@@ -146,21 +154,29 @@ def tally(stories):
     return ", ".join(f"{name} {met[name]}/{of[name]}" for name in of if of[name])
 
 
+def continue_all(model, prompts, eos_id, seed, sampling, quiet=None):
+    """Continue many prompts (lists of ids), rows of like length in a batch -> a list of new ids a prompt.
+
+    sampling: what `GPT.generate` takes. quiet: True hides the progress bar, None shows it on a terminal only.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [None] * len(prompts)
+    with tqdm(total=len(prompts), unit="story", disable=quiet) as bar:
+        for start in range(0, len(order), BATCH):
+            rows = order[start:start + BATCH]
+            told = model.generate([prompts[i] for i in rows], eos_id=eos_id, seed=seed + start, **sampling)
+            for i, ids in zip(rows, told):
+                texts[i] = ids
+            bar.update(len(rows))
+    return texts
+
+
 def tell_file(model, tokenizer, prompts, max_new_tokens, seed, sampling, out):
     """Continue many instructions, a batch at a time; print the stories, or write JSONL records to the file `out`."""
     encoded = [encode(tokenizer, "instruction", text, model.config.block_size) for text in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))  # rows of like length end up in a batch
-    stories = [""] * len(prompts)
-    tokens, start_time = 0, time.perf_counter()
-    with tqdm(total=len(prompts), unit="story", disable=None) as bar:
-        for start in range(0, len(order), BATCH):
-            rows = order[start:start + BATCH]
-            texts = model.generate([encoded[i] for i in rows], max_new_tokens, eos_id=tokenizer.eos_id,
-                                   seed=seed + start, **sampling)
-            for i, ids in zip(rows, texts):
-                stories[i] = tokenizer.decode(ids)
-                tokens += len(ids)
-            bar.update(len(rows))
+    start_time = time.perf_counter()
+    texts = continue_all(model, encoded, tokenizer.eos_id, seed, sampling | {"max_new_tokens": max_new_tokens})
+    stories, tokens = [tokenizer.decode(ids) for ids in texts], sum(map(len, texts))
     seconds = time.perf_counter() - start_time
     print(f"{len(stories)} stories, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s; met: "
           f"{tally(zip(prompts, stories)) or 'nothing that can be checked'}", file=sys.stderr)
@@ -214,9 +230,7 @@ def main(argv=None):
     asked = [("instruction", text.replace("\\n", "\n")) for text in args.instruction]
     asked += [("prompt", text) for text in args.prompt]
     try:
-        ckpt = args.ckpt or (Path("out/sft") if Path("out/sft/config.json").is_file() else find_base())
-        if ckpt is None:
-            raise ValueError("there is no model yet: run train_sft.py, or name one with --ckpt")
+        ckpt = find_model(args.ckpt)
         device = pick_device(args.device)
         model, tokenizer = load_model(ckpt)
         model.to(device, torch.bfloat16 if pick_dtype(args.dtype, device) == "bf16-true" else torch.float32).eval()

@@ -272,7 +272,7 @@ def some_words(found, text, rng):
 def compose(lexicon, plots, rng, held_out=False):
     """A story record without its id, and (plot, values): what it was made from. ValueError if a plot cannot be told.
 
-    held_out: a story with a pair of words that no other story has, and that pair as its `words`.
+    held_out: a story with a pair of slot words that no training story has, and that pair as its `words`.
     """
     plot = rng.choice(plots)
     ending = rng.choice(plot["endings"])

@@ -27,6 +27,7 @@ from evaluate import (
     read_rows,
     repetition,
 )
+from pretrain import train_tokenizer
 from sample import CASES
 
 ALL = {"词汇": ["皮球", "小河"], "特点": ["对话"], "摘要": "小猫把皮球掉进小河，小鸭帮它捞了上来。",
@@ -175,12 +176,23 @@ def test_generated_instructions_have_a_ceiling_of_one():
     ({"instruction": "随机句子：。！"}, "can be checked"),
     ({"instruction": "x", "constraints": {"词汇": "河"}}, "list"),
     ({"instruction": "x", "constraints": ["河"]}, "object"),
+    ({"instruction": "x", "constraints": {"摘要": "小\ud800猫"}}, "surrogate"),
     ({"output": "小猫。"}, "instruction")])
 def test_a_bad_row_is_named(record, says, model_dir, tmp_path, refused):
     path = tmp_path / "rows.jsonl"
     good = {"instruction": "词汇：河"}
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in (good, record)), encoding="utf-8")
+    path.write_text("".join(json.dumps(r) + "\n" for r in (good, record)), encoding="utf-8")
     refused(evaluate.main, ["--ckpt", model_dir, "--data", path], "row 2", says)
+
+
+def test_a_prompt_without_room_and_a_base_of_another_tokenizer_are_refused(model_dir, tmp_path, refused):
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    path.write_text(json.dumps({"instruction": "摘要：" + "小猫在河边捡到一个皮球，" * 40}), encoding="utf-8")
+    refused(evaluate.main, ["--ckpt", model_dir, "--base", model_dir, "--data", path, "--out", out], "leaves no room")
+    other = train_tokenizer(["小狗在树下睡着了。"] * 50, 300)
+    save_model(tmp_path / "base", random_model(tiny_config(other.vocab_size)), other)
+    refused(evaluate.main, ["--ckpt", model_dir, "--base", tmp_path / "base", "--out", out], "--base", "tokenizer")
+    assert not (out / "eval.json").exists()
 
 
 # ---- the command ----
