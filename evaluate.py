@@ -4,23 +4,29 @@ One table, one figure (eval.png) and eval.json in --out. Stories are sampled for
 rules of constraints.py; beside the model stand the ceiling (the stories the instructions were made from, judged by the
 same rules) and the floor (the untuned base). Every rate has a 95% bootstrap interval over instructions.
 
-The features other than 对话 are not checkable yet: they are left out of every conjunction, and counted.
+对话 is seen by a rule, the other features by the classifier of features.py, where it is good enough; a feature that
+cannot be checked is left out of every conjunction, and counted.
 """
 import argparse
 import json
 import random
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import features
+import lora
 from checkpoint import find_base, load_model, write_atomic
 from constraints import (
     FEATURE,
     FEATURES,
+    KEY_OF,
     KEYS,
     LIST_KEYS,
+    NEWLINE,
     SENTENCE,
     SUMMARY,
     WORDS,
@@ -33,6 +39,7 @@ from constraints import (
     tells,
 )
 from dataset import by_length, read_records, read_stories, text_field
+from features import gram_hashes
 from model import IGNORE
 from sample import continue_all, encode, fail, find_model, pick_device
 
@@ -46,8 +53,13 @@ ORDER_ROWS, ORDERS = 8, 6        # instructions, and orders of each, that order_
 
 # ---- the instructions ----
 
-def read_rows(path):
-    """Instruction records -> [{"constraints", "story" or None}]. Raises ValueError naming file and row."""
+# a line that means to be a constraint, 颜色：红, as 他说：“好！” does not
+KEY_LIKE = re.compile(r"\s*(\w{1,12})\s*[：:]\s*[^\s“「『\"]")
+
+
+def read_rows(path, checkable=FEATURES):
+    """Instruction records -> [{"constraints", "story" or None}]. Raises ValueError naming file and row, also for a row
+    with nothing that can be checked; checkable: the features that can be."""
     rows = []
     for number, record in read_records(path):
         where = f"{path}: row {number}"
@@ -62,6 +74,10 @@ def read_rows(path):
             items = value if key in LIST_KEYS and isinstance(value, list) else [value]
             if (key in LIST_KEYS) != isinstance(value, list) or not all(isinstance(item, str) for item in items):
                 raise ValueError(f"{where}: {key} is not a {'list of strings' if key in LIST_KEYS else 'string'}")
+        for line in NEWLINE.split("\n".join(parts)) if not given else ():
+            name = KEY_LIKE.match(line)
+            if name and name[1].lower() not in KEY_OF:
+                raise ValueError(f"{where}: unknown constraint {name[1]!r} (known: {'，'.join(KEYS)})")
         # one reading for both: what the prompt says is what is checked
         asked = {"constraints": render(given) if given else "\n".join(filter(None, parts))}
         constraints = parse(text_field(path, number, asked, ["constraints"], required=False))[0]
@@ -70,7 +86,8 @@ def read_rows(path):
         for name in constraints.get(FEATURE, []):
             if name not in FEATURES:
                 raise ValueError(f"{where}: unknown feature {name!r} (known: {'，'.join(FEATURES)})")
-        if not any(fold("".join(value)) for value in constraints.values()):
+        if not any(set(value) & set(checkable) if key == FEATURE else fold("".join(value))
+                   for key, value in constraints.items()):
             raise ValueError(f"{where}: no constraint that can be checked")
         story = text_field(path, number, record, ["output"], required=False)
         rows.append({"constraints": constraints, "story": story or None})
@@ -103,32 +120,36 @@ def add_rivals(rows, seed):
     kinds = {e["word"]: name.removesuffix("_name").replace("pet", "animal")
              for name in cast for e in lexicon[name]["entries"]}
 
-    def protagonist(summary):
-        first = min(((summary.find(word), kind) for word, kind in kinds.items() if word in summary), default=(0, ""))
-        return first[1]
-
+    names = re.compile("|".join(map(re.escape, kinds)))
     summaries = sorted({row["constraints"][SUMMARY] for row in rows if SUMMARY in row["constraints"]})
+    protagonist = {s: kinds[first[0]] if (first := names.search(s)) else "" for s in ["", *summaries]}
     for i, row in enumerate(rows):
-        own = row["constraints"].get(SUMMARY)
+        own = row["constraints"].get(SUMMARY, "")
         others = [s for s in summaries if s != own]
         random.Random(f"{seed}-{i}").shuffle(others)
-        row["rivals"] = sorted(others, key=lambda s: protagonist(s) != protagonist(own or ""))[:RIVALS]
+        row["rivals"] = sorted(others, key=lambda s: protagonist[s] != protagonist[own])[:RIVALS]
 
 
 # ---- judging ----
 
-def judge(row, story):
-    """Which kinds of constraint does the story meet? -> {词汇: True, ...}; None where no rule can tell."""
-    met = {}
-    for key, result in check(story, row["constraints"]).items():
-        if key == SUMMARY:
-            met[key] = tells(story, row["constraints"][key], row["rivals"]) if row["rivals"] else None
-        elif key in LIST_KEYS:
-            known = [ok for ok in result.values() if ok is not None]
-            met[key] = all(known) if known else None
-        else:
-            met[key] = result
-    return met
+def verdicts(row, story, detect=None):
+    """As constraints.check, with what only this file can tell: 摘要 among the row's rivals, the features that `detect`
+    (story -> {feature: True or False}) knows. None where nothing can tell."""
+    found = check(story, row["constraints"])
+    if FEATURE in found and detect:
+        seen = detect(story)
+        found[FEATURE] = {name: seen.get(name) if ok is None else ok for name, ok in found[FEATURE].items()}
+    if SUMMARY in found and row["rivals"]:
+        found[SUMMARY] = tells(story, row["constraints"][SUMMARY], row["rivals"])
+    return found
+
+
+def judge(found):
+    """`verdicts`, by kind: {词汇: all the words?, 特点: all that can be told?, …}; None where nothing can tell."""
+    def whole(value):
+        known = [ok for ok in value.values() if ok is not None]
+        return all(known) if known else None
+    return {key: whole(value) if key in LIST_KEYS else value for key, value in found.items()}
 
 
 def interval(groups, seed):
@@ -142,19 +163,25 @@ def interval(groups, seed):
     return {"rate": float(means.mean()), "lo": float(lo), "hi": float(hi), "n": len(means)}
 
 
-def obedience(rows, told, seed):
+def obedience(rows, told, seed, detect=None):
     """told[i]: the stories of rows[i]. -> satisfied, independent, by_kind, …; a row counts by its checkable kinds."""
     by_number, by_kind, alone = defaultdict(list), defaultdict(list), defaultdict(list)
     asked, unchecked = [], 0
     for row, stories in zip(rows, told):
-        unchecked += sum(name != "对话" for name in row["constraints"].get(FEATURE, []))
-        verdicts = [judge(row, story) for story in stories]
-        kinds = [key for key in row["constraints"] if verdicts and verdicts[0][key] is not None]
+        found = [verdicts(row, story, detect) for story in stories]
+        judged = [judge(some) for some in found]
+        kinds = [key for key in row["constraints"] if judged and judged[0][key] is not None]
+        for name in row["constraints"].get(FEATURE, []):
+            outcomes = [some[FEATURE][name] for some in found]
+            if None in outcomes:
+                unchecked += 1
+            else:
+                by_kind[f"特点 {name}"].append(outcomes)
         if kinds:
-            by_number[len(kinds)].append([all(v[key] for key in kinds) for v in verdicts])
+            by_number[len(kinds)].append([all(v[key] for key in kinds) for v in judged])
             asked.append(kinds)
         for key in kinds:
-            outcomes = [v[key] for v in verdicts]
+            outcomes = [v[key] for v in judged]
             by_kind[key].append(outcomes)
             if len(kinds) == 1:
                 alone[key].append(outcomes)
@@ -189,16 +216,16 @@ def write_stories(model, tokenizer, instructions, samples, seed, sampling, quiet
     return [stories[i:i + samples] for i in range(0, len(stories), samples)], float(np.mean(ended))
 
 
-def order_spread(model, tokenizer, rows, seed, sampling):
+def order_spread(model, tokenizer, rows, seed, sampling, detect=None):
     """How far do the orders of the same constraints differ? Written greedily, so that all difference is the order's:
     the mean over instructions of (highest - lowest) share of constraints met. None without rows that can tell."""
-    several = [row for row in rows if sum(v is not None for v in judge(row, "").values()) > 1]
+    several = [row for row in rows if sum(v is not None for v in judge(verdicts(row, "", detect)).values()) > 1]
     spreads = []
     for row in several[::-(-len(several) // ORDER_ROWS) or 1]:
         orders = list(permutations(row["constraints"]))
         orders = orders[::-(-len(orders) // ORDERS)]
         told, _ = write_stories(model, tokenizer, [render(c) for c in orders], 1, seed, sampling | {"temperature": 0})
-        met = [[ok for ok in judge(row, story).values() if ok is not None] for [story] in told]
+        met = [[ok for ok in judge(verdicts(row, story, detect)).values() if ok is not None] for [story] in told]
         shares = [np.mean(m) for m in met]
         spreads.append(max(shares) - min(shares))
     return float(np.mean(spreads)) if spreads else None
@@ -230,14 +257,6 @@ def repetition(stories):
         every = [g for s in stories for g in grams(s, n)]
         found[f"distinct{n}"] = len(set(every)) / len(every) if every else None
     return found
-
-
-def gram_hashes(texts, n):
-    """The hashes of all character n-grams of the texts (uint64), and the text that each is from."""
-    codes = [np.frombuffer(t.encode("utf-32-le"), np.uint32).astype(np.uint64) for t in texts]
-    power = np.uint64(0x9E3779B97F4A7C15) ** np.arange(n, dtype=np.uint64)  # wraps around, as hashes do
-    hashes = [np.convolve(c, power, "valid") if len(c) >= n else c[:0] for c in codes]
-    return np.concatenate(hashes), np.repeat(np.arange(len(texts)), [len(h) for h in hashes])
 
 
 def longest_common(stories, training):
@@ -283,12 +302,12 @@ def highest_rouge2(stories, training):
 # ---- all of it ----
 
 def evaluate(model, tokenizer, rows, base=None, plain=(), training=(), samples=2, seed=1337, temperature=0.2, top_p=0.9,
-             top_k=30, max_new_tokens=300, progress=False):
+             top_k=30, max_new_tokens=300, detect=None, progress=False):
     """-> the dict of eval.json, without args.
 
     rows: of `read_rows`. base: the untuned model with the same tokenizer, for floor, gen_nll and base_nll. plain:
-    held-out stories. training: the stories that the model was trained on. Losses are in nats per token. The same seed
-    gives the same dict.
+    held-out stories. training: the stories that the model was trained on. detect: a features.Detector; without one only
+    对话 is checked. Losses are in nats per token. The same seed gives the same dict.
     """
     add_rivals(rows, seed)
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
@@ -297,13 +316,14 @@ def evaluate(model, tokenizer, rows, base=None, plain=(), training=(), samples=2
     model.eval()
     quiet = None if progress else True
     told, eos_rate = write_stories(model, tokenizer, instructions, samples, seed, sampling, quiet)
-    result, floor = obedience(rows, told, seed), None
+    result, floor = obedience(rows, told, seed, detect), None
     if base is not None:
         base.eval()
-        floor = obedience(rows, write_stories(base, tokenizer, instructions, samples, seed, sampling, quiet)[0], seed)
+        written, _ = write_stories(base, tokenizer, instructions, samples, seed, sampling, quiet)
+        floor = obedience(rows, written, seed, detect)
     stories = [story for some in told for story in some]
     result |= {
-        "order_spread": order_spread(model, tokenizer, rows, seed, sampling),
+        "order_spread": order_spread(model, tokenizer, rows, seed, sampling, detect),
         "plain_nll": plain_loss(model, tokenizer, plain),
         "base_nll": plain_loss(base, tokenizer, plain) if base is not None else None,
         "gen_nll": plain_loss(base, tokenizer, stories) if base is not None else None,
@@ -314,8 +334,9 @@ def evaluate(model, tokenizer, rows, base=None, plain=(), training=(), samples=2
         "rouge2": float(np.mean(highest_rouge2(stories, training))) if len(training) else None,
     }
     known = [row for row in rows if row["story"]]
-    result["ceiling"] = obedience(known, [[row["story"]] for row in known], seed) if known else None
+    result["ceiling"] = obedience(known, [[row["story"]] for row in known], seed, detect) if known else None
     result["floor"] = floor
+    result["feature_auc"] = detect.auc if detect else {}
     result["seed"] = seed
     model.train(was_training)
     return result
@@ -338,7 +359,10 @@ def table(result):
             lines.append(title + " " * (20 - sum(2 if ord(c) > 255 else 1 for c in title))
                          + f"{result[section][name]['n']:5}" + "".join(cell(c.get(section), name) for c in columns)
                          + (f"{independent:16.1%}" if independent is not None else ""))
-    lines.append(f"features that no rule can check: {result['unchecked_features']} (left out)")
+    aucs = "   ".join(f"{name} {value:.3f}" for name, value in result["feature_auc"].items())
+    lines.append(f"AUC of the features' classifier, plots unseen: {aucs or '–'}")
+    lines.append(f"features that cannot be checked (no rule, AUC below {features.CHECKABLE}): "
+                 f"{result['unchecked_features']} (left out)")
     for names in (("order_spread", "eos_rate", "mean_chars"), ("rep4", "distinct2", "distinct3"),
                   ("plain_nll", "base_nll", "gen_nll"), ("lcs", "rouge2")):
         lines.append("   ".join(f"{name} " + ("–" if result[name] is None else f"{result[name]:.3f}")
@@ -375,11 +399,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Does the model follow instructions, and can it still write?")
     parser.error = fail
     parser.add_argument("--ckpt", type=Path, help="model directory (default: out/sft, else the base model)")
+    parser.add_argument("--adapter", type=Path, help="LoRA adapter directory, put on --ckpt (default there: the base)")
     parser.add_argument("--base", type=Path, help="the untuned model (default: the base model)")
     parser.add_argument("--data", type=Path, help="instruction records (default: handwritten and generated ones)")
     parser.add_argument("--train-data", type=Path, help="stories that the model was trained on, for memorisation "
                                                         "(default: the built-in ones)")
-    parser.add_argument("--out", type=Path, help="folder for eval.json and eval.png (default: --ckpt)")
+    parser.add_argument("--out", type=Path, help="folder for eval.json and eval.png (default: --adapter, else "
+                                                 "--ckpt)")
     parser.add_argument("--samples", type=int, default=2, help="stories an instruction (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is argmax (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
@@ -396,10 +422,11 @@ def main(argv=None):
     args = parse_args(argv)
     from data.generate import stories
     try:
-        ckpt, base_dir = find_model(args.ckpt), args.base or find_base()
-        rows = read_rows(args.data) if args.data else builtin_rows()
+        ckpt, base_dir = find_model(args.ckpt, args.adapter), args.base or find_base()
         device = pick_device(args.device)
         model, tokenizer = load_model(ckpt)
+        if args.adapter:
+            lora.load(args.adapter, model)
         model.to(device, torch.float32)
         base = None
         if base_dir is not None:
@@ -407,12 +434,14 @@ def main(argv=None):
             base.to(device, torch.float32)
             if base_tokenizer.files["tokenizer.model"] != tokenizer.files["tokenizer.model"]:
                 raise ValueError(f"--base {base_dir}: its tokenizer is not that of {ckpt}")
+        detect = features.detector(progress=True)
+        rows = read_rows(args.data, ["对话", *detect.checkable()]) if args.data else builtin_rows()
         training = read_stories(args.train_data) if args.train_data else builtin_training()
-        out = args.out or ckpt
+        out = args.out or args.adapter or ckpt
         out.mkdir(parents=True, exist_ok=True)
         plain = [record["text"] for record in stories(PLAIN, PLAIN_SEED)]
         result = evaluate(model, tokenizer, rows, base, plain, training, args.samples, args.seed, args.temperature,
-                          progress=True)
+                          detect=detect, progress=True)
     except (ValueError, OSError) as e:
         fail(e)
     result["args"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

@@ -4,7 +4,6 @@ Read top to bottom. Shapes: B batch, T tokens, C = n_embd, H heads, D = head_siz
 The parameters carry the names that Hugging Face gives a Llama, so that a checkpoint is one of theirs as it stands.
 """
 import argparse
-import math
 from dataclasses import dataclass
 
 import torch
@@ -133,11 +132,26 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                # what writes into the residual stream starts smaller, so that the stream does not grow with depth
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        nn.init.normal_(self.lm_head.weight, std=0.02)
+        nn.init.normal_(self.model.embed_tokens.weight, std=0.02)
+        for block in self.model.layers:
+            attn, mlp = block.self_attn, block.mlp
+            for linear in (attn.q_proj, attn.k_proj, attn.v_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+                nn.init.normal_(linear.weight, std=linear.in_features ** -0.5)
+            # what writes into the residual stream starts smaller, so that the stream does not grow with depth
+            mlp.down_proj.weight.mul_((2 * self.config.n_layer) ** -0.5)
+            # Attention starts close to what trained attention turns out to be (Trockman and Kolter, arXiv 2305.09828):
+            # a token looks at tokens like itself (k = q) and passes on what it sees there as it is (o = v transposed).
+            # A story model needs just that, to copy names and words from its prompt, and finds it late by itself.
+            groups = self.config.n_head // self.config.n_kv_head
+            heads = attn.q_proj.weight.view(self.config.n_kv_head, groups, self.config.head_size, -1)  # (H_kv, G, D, C)
+            attn.k_proj.weight.copy_(heads[:, 0].reshape_as(attn.k_proj.weight))
+            values = attn.v_proj.weight.view(self.config.n_kv_head, 1, self.config.head_size, -1)
+            attn.o_proj.weight.copy_(values.expand_as(heads).reshape_as(attn.q_proj.weight).T)
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())  # a tied weight is one parameter, listed once

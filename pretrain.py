@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import tokenizer as tokenizers
 from checkpoint import fits, load_last, load_model
@@ -17,13 +18,15 @@ from model import GPT, PRESETS
 from sample import fail, pick_device
 from train_sft import check_out, data_files, parse, positive, train, training_parser
 
-# What differs from fine-tuning's defaults. small: what a laptop can afford in minutes.
+# What differs from fine-tuning's defaults. small: those of the base that ships.
 SETTINGS = {
-    "small": {"lr": 2.5e-3, "batch_size": 2, "weight_decay": 0.1, "warmup": 100, "epochs": 1.0},
+    "small": {"lr": 2e-3, "batch_size": 4, "weight_decay": 0.1, "warmup": 200, "epochs": 1.0},
     "microstories": {"lr": 5e-4, "batch_size": 32, "grad_accum": 16, "weight_decay": 0.1, "warmup": 1000,
                      "epochs": 1.0, "vocab_size": 65024},
 }
-BUILTIN_STORIES, BUILTIN_SEED = 10_000, 1
+BUILTIN_TEXTS, BUILTIN_SEED = 100_000, 1  # of data/books.py
+BUILTIN_VAL, BUILTIN_VAL_SEED = 200, 3    # plain stories
+BUILTIN_TOKENIZER = 12_000                # texts that its tokenizer is trained on
 VAL_WINDOWS = 48  # of block_size tokens: enough to see the loss fall, and no time lost
 
 
@@ -42,19 +45,24 @@ def parse_args(argv=None):
 def load_stories(args):
     """-> (train, val), lists of texts."""
     if args.data is None:
-        from data.generate import stories
-        return split_by_story([r["text"] for r in stories(BUILTIN_STORIES, BUILTIN_SEED)], args.val_fraction)
+        from data import books, generate
+        return (list(tqdm(books.texts(BUILTIN_TEXTS, BUILTIN_SEED), total=BUILTIN_TEXTS, unit="text")),
+                [record["text"] for record in generate.stories(BUILTIN_VAL, BUILTIN_VAL_SEED)])
     train_file, val_file = data_files(args)
     if val_file:
         return read_stories(train_file), read_stories(val_file)
     return split_by_story(read_stories(train_file), args.val_fraction)
 
 
-def train_tokenizer(texts, vocab_size):
+def train_tokenizer(texts, vocab_size, builtin=False):
     """A tokenizer of these stories that also has pieces for the words of the prompt template and its keys, which
-    fine-tuning repeats in every row: without them half of a short prompt is spelled out in letters and bytes."""
-    fixed = [*PROMPT.format("").split(), *KEYS]
-    return tokenizers.train(fixed * (1 + len(texts) // 10) + texts, vocab_size)
+    fine-tuning repeats in every row: without them half of a short prompt is spelled out in letters and bytes.
+    builtin: the stories are built-in ones, whose words are known."""
+    fixed = [*PROMPT.format("").split(), *KEYS] * (1 + len(texts) // 10)
+    if builtin:
+        from data import generate
+        texts = generate.segments(texts[:BUILTIN_TOKENIZER], generate.load()[1])
+    return tokenizers.train(fixed + texts, vocab_size)
 
 
 def write_tokens(path, texts, tokenizer):
@@ -80,7 +88,7 @@ def main(argv=None):
             model, tokenizer = load_model(args.init)
         else:
             tokenizer = (tokenizers.load(args.tokenizer) if args.tokenizer
-                         else train_tokenizer(texts, args.vocab_size))
+                         else train_tokenizer(texts, args.vocab_size, builtin=args.data is None))
             config = PRESETS[args.preset]
             # the preset's vocabulary may be its tokenizer's, padded (the study's is); else the tokenizer decides
             if not (args.tokenizer and fits(tokenizer, config)):

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import lora
 from checkpoint import find_base, load_model, write_atomic
 from constraints import LIST_KEYS, WORDS, check, parse
 from dataset import encode_prompt, read_blocks, read_records, text_field
@@ -73,9 +74,10 @@ def pick_dtype(name, device):
     return name
 
 
-def find_model(ckpt):
-    """--ckpt, or out/sft, or the base model. Raises ValueError if there is none."""
-    ckpt = ckpt or (Path("out/sft") if Path("out/sft/config.json").is_file() else find_base())
+def find_model(ckpt, adapter=None):
+    """--ckpt, or out/sft (not under an adapter), or the base model. Raises ValueError if there is none."""
+    tuned = not adapter and Path("out/sft/config.json").is_file()
+    ckpt = ckpt or (Path("out/sft") if tuned else find_base())
     if ckpt is None:
         raise ValueError("there is no model yet: run train_sft.py, or name one with --ckpt")
     return ckpt
@@ -195,6 +197,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Write stories. Without a prompt: the study's eight test cases.")
     parser.error = fail  # without argparse's lines of usage
     parser.add_argument("--ckpt", nargs="?", type=Path, help="model directory (default: out/sft, else the base model)")
+    parser.add_argument("--adapter", type=Path, help="LoRA adapter directory, put on --ckpt")
     # what to write about
     parser.add_argument("--instruction", action="append", default=[],
                         help=r"constraint lines, \n between them (repeatable)")
@@ -230,9 +233,11 @@ def main(argv=None):
     asked = [("instruction", text.replace("\\n", "\n")) for text in args.instruction]
     asked += [("prompt", text) for text in args.prompt]
     try:
-        ckpt = find_model(args.ckpt)
+        ckpt = find_model(args.ckpt, args.adapter)
         device = pick_device(args.device)
         model, tokenizer = load_model(ckpt)
+        if args.adapter:
+            lora.load(args.adapter, model)
         model.to(device, torch.bfloat16 if pick_dtype(args.dtype, device) == "bf16-true" else torch.float32).eval()
         prompts = read_prompts(args.file) if args.file else []
         for kind, text in [*asked, *(("instruction", text) for text in prompts)]:

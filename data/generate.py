@@ -29,12 +29,13 @@ from constraints import FEATURES, KEYS, has_dialogue, render  # noqa: E402
 
 LANGUAGE = ROOT / "data"        # the folder of lexicon.toml and plots/
 POS = ("noun", "verb", "adj")
-STORY_CHARS = 100, 260
+STORY_CHARS = 120, 400
 SUMMARY_CHARS = 15, 60
 SENTENCE_CHARS = 6, 30          # preferred length of the sentence that serves as 随机句子
 TALK = 0.64                     # share of stories that may use phrasings with speech in them
 HELD_OUT = 400                  # one in so many pairs of slot words never occurs in a training story
-TRIES = 200                     # phrasings drawn anew until length and recurrence are right
+TRIES = 1000                    # phrasings drawn anew until length and recurrence are right
+ALIKE = 20                      # of these, with the words of another story
 
 
 # -----------------------------------------------------------------------------
@@ -42,7 +43,8 @@ TRIES = 200                     # phrasings drawn anew until length and recurren
 
 def load(folder=LANGUAGE):
     """Read `folder`/lexicon.toml and `folder`/plots/*.toml -> (lexicon, plots). Raises ValueError."""
-    lexicon = load_lexicon(Path(folder) / "lexicon.toml")
+    path = Path(folder) / "lexicon.toml"
+    lexicon = load_classes(read_toml(path), path)
     plots = {}
     for path in sorted(Path(folder, "plots").glob("*.toml")):
         plot = load_plot(path, lexicon)
@@ -76,13 +78,21 @@ def check(table, where, needs, may):
             raise ValueError(f"{where}: field {key!r} is not a {kinds[key].__name__}")
 
 
-def load_lexicon(path):
-    """-> {class: {"entries": [{"word": 帽子, "m": 顶, ...}], "pos", "names", "in_text"}} or {class: {"of": [...]}}."""
-    lexicon = {}
-    for name, table in read_toml(path).items():
+def load_classes(tables, path, lexicon=()):
+    """The classes of a file, beside those of `lexicon` -> {class: {"entries": [{"word": 帽子, "m": 顶, ...}], "pos",
+    "names", "in_text"}}, {class: {"of": [...]}} or {class: {"say": [...]}}."""
+    lexicon = dict(lexicon)
+    for name, table in tables.items():
         where = f"{path}: [{name}]"
-        if isinstance(table, dict) and "of" in table:
-            check(table, where, {"of": list}, {})
+        if name in lexicon:
+            raise ValueError(f"{where}: duplicate class name")
+        if isinstance(table, dict) and ("of" in table or "say" in table):
+            field = "of" if "of" in table else "say"
+            check(table, where, {field: list}, {})
+            if not all(isinstance(item, str) for item in table[field]):
+                raise ValueError(f"{where}: {field} must be a list of strings")
+            if any("“" in item for item in table[field]):
+                raise ValueError(f"{where}: a sentence with quotation marks (these stand in silent stories too)")
             lexicon[name] = table
             continue
         same = {"pos": str, "form": str, "names": str, "in_text": bool}     # and any columns that all entries share
@@ -100,25 +110,65 @@ def load_lexicon(path):
                 raise ValueError(f"{where}: duplicate word {entry['word']!r}")
             entries[entry["word"]] = entry
         lexicon[name] = {key: table.get(key) for key in same} | {"entries": list(entries.values())}
-    for name, table in lexicon.items():
-        for other in table.get("of", [table.get("names")]):
+    for name in tables:
+        for other in lexicon[name].get("of", [lexicon[name].get("names")]):
             if other is not None and "entries" not in lexicon.get(other, {}):
                 raise ValueError(f"{path}: [{name}]: unknown class {other!r}")
     return lexicon
 
 
+class Slot(str):
+    """A place in a phrasing that a word fills: hero, thing.m, they."""
+
+
 def load_plot(path, lexicon):
     """One plot file. Its beats become pairs of lists of phrasings: (those without speech, all), see `compiled`."""
     plot = read_toml(path)
-    check(plot, path, {"name": str, "central": str, "slots": dict, "beat": list, "ending": list}, {"features": list})
+    check(plot, path, {"name": str, "central": str, "slots": dict, "beat": list, "ending": list},
+          {"features": list, "class": dict})
+    lexicon = load_classes(plot.get("class", {}), path, lexicon)
     slots = {slot: classes_of(lexicon, kind, f"{path}: slot {slot!r}") for slot, kind in plot["slots"].items()}
     if plot["central"] not in slots:
         raise ValueError(f"{path}: central {plot['central']!r} is not one of the slots")
+    columns, said = {}, [path.read_text(encoding="utf-8")]
+
+    def has(slot):
+        """Is there a word for this slot, in every entry that may fill it?"""
+        name, _, column = slot.partition(".")
+        if name not in slots and "entries" in lexicon.get(name, ()) or "of" in lexicon.get(name, ()):
+            slots.setdefault(name, classes_of(lexicon, name, path))
+        if name in slots and name not in columns:
+            columns[name] = set.intersection(*(set(entry) | ({"kind", "full"} if table["names"] else set())
+                                               for table in slots[name] for entry in table["entries"]))
+        return slot == "they" or (name in columns and (not column or column in columns[name]))
+
+    def compiled(text, where):
+        """"一{thing.m}{thing}{呢|呀}" -> ["一", Slot("thing.m"), "", Slot("thing"), "", ["呢", "呀"], ""].
+
+        A list is a choice: of strings, or of the compiled sentences of a class that has `say`. A slot that the plot
+        does not declare is a class of the lexicon; it is added to `slots`.
+        """
+        parts = re.split(r"\{([^{}]*)\}", text)
+        if "{" in "".join(parts[::2]) or "}" in "".join(parts[::2]):
+            raise ValueError(f"{where}: a brace without its partner")
+        for i in range(1, len(parts), 2):
+            if "|" in parts[i]:
+                parts[i] = parts[i].split("|")
+            elif "say" in lexicon.get(parts[i], ()):
+                name = parts[i]
+                said.extend(lexicon[name]["say"])
+                parts[i] = [compiled(sentence, f"{where}: {{{name}}}, sentence {j}")
+                            for j, sentence in enumerate(lexicon[name]["say"], 1)]
+            elif has(parts[i]):
+                parts[i] = Slot(parts[i])
+            else:
+                raise ValueError(f"{where}: unknown slot {{{parts[i]}}}")
+        return parts
 
     def phrasings(texts, where):
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{where}: must be a list of phrasings")
-        return [compiled(text, slots, lexicon, f"{where}, phrasing {i}") for i, text in enumerate(texts, 1)]
+        return [compiled(text, f"{where}, phrasing {i}") for i, text in enumerate(texts, 1)]
 
     def beat(texts, where):
         parts = phrasings(texts, where)
@@ -142,78 +192,72 @@ def load_plot(path, lexicon):
         endings[table["name"]] = {
             "name": table["name"],
             "features": features(plot, path) | features(table, where),
-            "beats": [beat(say, f"{where}, say {j}") for j, say in enumerate(table["say"], 1)],
+            "beats": [(False, beat(say, f"{where}, say {j}")) for j, say in enumerate(table["say"], 1)],
             "summary": phrasings(table["summary"], f"{where}, summary")}
     common = []
     for i, table in enumerate(plot["beat"], 1):
         where = f"{path}: beat {i}"
-        check(table, where, {"say": list}, {"only": list})
+        check(table, where, {"say": list}, {"only": list, "optional": bool})
         for key in table.get("only", []):
             if key not in endings:
                 raise ValueError(f"{where}: unknown ending {key!r} in only")
-        common.append((table.get("only", endings), beat(table["say"], where)))
+        common.append((table.get("only", endings), (table.get("optional", False), beat(table["say"], where))))
     for key, ending in endings.items():      # what is told of a story with this ending, from first to last
-        ending["beats"] = [say for only, say in common if key in only] + ending["beats"]
-    text = path.read_text(encoding="utf-8")
+        ending["beats"] = [told for only, told in common if key in only] + ending["beats"]
+    text = "\n".join(said)
     running = {entry["word"]: group["pos"] for group in lexicon.values() if group.get("in_text")
                for entry in group["entries"] if entry["word"] in text}
     slot_words = [entry["word"] for group in lexicon.values() if group.get("pos") and not group.get("in_text")
                   for entry in group["entries"]]
-    return {"path": path, "name": plot["name"], "central": plot["central"], "slots": slots,
+    return {"path": path, "name": plot["name"], "central": plot["central"], "slots": slots, "lexicon": lexicon,
             "endings": list(endings.values()), "running": running, "slot_words": slot_words}
 
 
 def classes_of(lexicon, kind, where):
-    if not isinstance(kind, str) or kind not in lexicon:
+    if not isinstance(kind, str) or "say" in lexicon.get(kind, {"say": 0}):
         raise ValueError(f"{where}: unknown class {kind!r}")
     return [lexicon[name] for name in lexicon[kind].get("of", [kind])]
-
-
-def compiled(text, slots, lexicon, where):
-    """"一{thing.m}{thing}{呢|呀}" -> ["一", "thing.m", "", "thing", "", ["呢", "呀"], ""]; odd places are to be filled.
-
-    A slot that the plot does not declare is a class of the lexicon; it is added to `slots`.
-    """
-    parts = re.split(r"\{([^{}]*)\}", text)
-    if "{" in "".join(parts[::2]) or "}" in "".join(parts[::2]):
-        raise ValueError(f"{where}: a brace without its partner")
-    for i in range(1, len(parts), 2):
-        if "|" in parts[i]:
-            parts[i] = parts[i].split("|")
-            continue
-        slot, _, column = parts[i].partition(".")
-        if parts[i] == "they":                  # the pronoun of the first two characters, see `draw`
-            continue
-        if slot not in slots and slot in lexicon:
-            slots[slot] = classes_of(lexicon, slot, where)
-        entries = [entry | dict.fromkeys(("kind", "full") if table["names"] else ())
-                   for table in slots.get(slot, []) for entry in table["entries"]]
-        if not entries or (column and not all(column in entry for entry in entries)):
-            raise ValueError(f"{where}: unknown slot {{{parts[i]}}}")
-    return parts
 
 
 # -----------------------------------------------------------------------------
 # one story
 
-def draw(plot, lexicon, rng):
-    """One entry a slot -> ({"hero": 豆豆, "hero.kind": 小兔, "hero.m": 只, ...}, {小兔: noun, ...}).
+def chosen(parts, rng):
+    """A compiled phrasing with all its choices made: a list of strings and Slots."""
+    made = []
+    for part in parts:
+        if isinstance(part, list):
+            part = rng.choice(part)
+        made += chosen(part, rng) if isinstance(part, list) else [part]
+    return made
 
-    No two words of a story are alike or one inside the other: labels and counts would lie.
+
+def draw(plot, slots, rng, like=()):
+    """One entry for each of these slots -> ({"hero": 豆豆, "hero.kind": 小兔, "hero.m": 只, ...}, {小兔: noun, ...},
+    [(class, entry, name or None)]: what was drawn).
+
+    No two words of a story are alike or one inside the other: labels and counts would lie. like: what was drawn for
+    another story; a slot takes its word from there wherever the class is the same.
     """
-    values, words, used, pronouns = {}, {}, [], []
+    values, words, used, pronouns, drawn = {}, {}, [], [], []
     for slot, tables in plot["slots"].items():
-        for _ in range(TRIES):
-            table = rng.choice(tables)
-            entry = rng.choice(table["entries"])
-            new = [entry["word"]]
-            if table["names"]:
-                new.append(rng.choice(lexicon[table["names"]]["entries"])["word"])
+        if slot not in slots:
+            continue
+        known = [other for other in like if other not in drawn and any(other[0] is table for table in tables)]
+        for i in range(TRIES):
+            if i < len(known):
+                table, entry, name = known[i]
+            else:
+                table = rng.choice(tables)
+                entry = rng.choice(table["entries"])
+                name = rng.choice(plot["lexicon"][table["names"]]["entries"])["word"] if table["names"] else None
+            new = [entry["word"]] + [name] * bool(name)
             if not any(a in b or b in a for a in new for b in used):
                 break
         else:
             raise ValueError(f"{plot['path']}: slot {slot!r}: its class has no word that the story does not have yet")
         used += new
+        drawn.append((table, entry, name))
         if table["names"]:
             pronouns.append(entry.get("ta", "他"))
         if table["pos"]:
@@ -224,12 +268,11 @@ def draw(plot, lexicon, rng):
         values[slot + ".full"] = "".join(new)
     two = set(pronouns[:2])             # the first two characters: 她们, 它们, and 他们 for any mixture
     values["they"] = (two.pop() if len(two) == 1 else "他") + "们"
-    return values, words
+    return values, words, drawn
 
 
-def fill(parts, values, rng):
-    return "".join(part if i % 2 == 0 else rng.choice(part) if isinstance(part, list) else values[part]
-                   for i, part in enumerate(parts))
+def fill(parts, values):
+    return "".join(values[part] if isinstance(part, Slot) else part for part in parts)
 
 
 def sentences(text):
@@ -249,9 +292,18 @@ def sentences(text):
 
 def recurs(text, plot, values):
     """Names and the central word occur three times, or the model has nothing to learn copying from."""
-    named = [slot for slot in plot["slots"] if values[slot] != values[slot + ".kind"]]
+    named = [slot for slot in plot["slots"] if slot in values and values[slot] != values[slot + ".kind"]]
     return (text.count(values[plot["central"]]) >= 3
             and all(text.count(values[slot]) >= 3 for slot in named if values[slot] in text))
+
+
+def segments(texts, plots):
+    """Texts cut at the lexicon's words and at punctuation, for the tokenizer: no piece then crosses the edge of a word,
+    and a word has the same pieces in a prompt and in a story."""
+    words = {entry["word"] for plot in plots for table in plot["lexicon"].values() if "entries" in table
+             for entry in table["entries"]}
+    edge = re.compile("(" + "|".join(map(re.escape, sorted(words, key=len, reverse=True))) + "|[，。！？：、《》“”])")
+    return [part for text in texts for part in edge.split(text) if part]
 
 
 def held_out_pair(words, text):
@@ -269,18 +321,23 @@ def some_words(found, text, rng):
     return sorted(words, key=rank.get)[:rng.choice((2, 3))]     # the first noun, verb, adjective; then the second ...
 
 
-def compose(lexicon, plots, rng, held_out=False):
-    """A story record without its id, and (plot, values): what it was made from. ValueError if a plot cannot be told.
+def compose(plots, rng, held_out=False, like=None):
+    """A story record without its id, and what it was made from: {"plot", "ending", "values", "drawn", "told"}.
+    ValueError if a plot cannot be told.
 
-    held_out: a story with a pair of slot words that no training story has, and that pair as its `words`.
+    held_out: a story with a pair of slot words that no training story has, and that pair as its `words`. like: what
+    another story was made from; this one is of another plot, about the same things where it can be.
     """
-    plot = rng.choice(plots)
+    plot = rng.choice([p for p in plots if not like or p is not like["plot"]])
     ending = rng.choice(plot["endings"])
     talk = rng.random() < TALK
-    for _ in range(TRIES):
-        values, words = draw(plot, lexicon, rng)
-        text = "".join(fill(rng.choice(beat[talk]), values, rng) for beat in ending["beats"])
-        summary = fill(rng.choice(ending["summary"]), values, rng)
+    for i in range(TRIES):
+        told = [part for optional, beat in ending["beats"] if not (optional and rng.random() < 0.5)
+                for part in chosen(rng.choice(beat[talk]), rng)]
+        summed_up = chosen(rng.choice(ending["summary"]), rng)
+        slots = {part.partition(".")[0] for part in told + summed_up if isinstance(part, Slot)}
+        values, words, drawn = draw(plot, slots | {plot["central"]}, rng, like["drawn"] if like and i < ALIKE else ())
+        text, summary = fill(told, values), fill(summed_up, values)
         once = [s for s in sentences(text) if text.count(s) == 1 and s.count("“") == s.count("”")]
         if (STORY_CHARS[0] <= len(text) <= STORY_CHARS[1] and SUMMARY_CHARS[0] <= len(summary) <= SUMMARY_CHARS[1]
                 and summary not in text and once and recurs(text, plot, values)):
@@ -295,7 +352,7 @@ def compose(lexicon, plots, rng, held_out=False):
     record = {"text": text, "words": list(pair or some_words(words | plot["running"], text, rng)),
               "features": [feature for feature in FEATURES if feature in true],
               "sentence": rng.choice(fitting or once), "summary": summary}
-    return record, (plot, values)
+    return record, {"plot": plot, "ending": ending["name"], "values": values, "drawn": drawn, "told": told}
 
 
 # -----------------------------------------------------------------------------
@@ -308,13 +365,13 @@ def stories(n, seed, folder=LANGUAGE, held_out=False):
     """
     if n < 1:
         raise ValueError(f"--n {n}: must be at least 1")
-    return _stories(n, seed, *load(folder), held_out)     # bad files are reported by the call, not by the first story
+    return _stories(n, seed, load(folder)[1], held_out)     # bad files are reported by the call, not by the first story
 
 
-def _stories(n, seed, lexicon, plots, held_out):
+def _stories(n, seed, plots, held_out):
     seen = set()
     for i in count():
-        record, _ = compose(lexicon, plots, random.Random(f"{seed}-{i}"), held_out=held_out)
+        record, _ = compose(plots, random.Random(f"{seed}-{i}"), held_out)
         key = hashlib.blake2b(record["text"].encode(), digest_size=12).digest()
         if key in seen:
             if i > 100 + 10 * len(seen):
@@ -324,6 +381,13 @@ def _stories(n, seed, lexicon, plots, held_out):
         yield record | {"story_id": f"builtin-{seed}-{i}"}
         if len(seen) == n:
             return
+
+
+def authored(split=None):
+    """The story records written one by one (authored.jsonl); those of the split "train" or "heldout", or all."""
+    with open(LANGUAGE / "authored.jsonl", encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    return [record for record in records if split in (None, record["split"])]
 
 
 def instructions(records, seed):

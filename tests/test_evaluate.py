@@ -16,7 +16,6 @@ from data.generate import stories
 from evaluate import (
     add_rivals,
     builtin_rows,
-    gram_hashes,
     highest_rouge2,
     interval,
     judge,
@@ -26,6 +25,7 @@ from evaluate import (
     plain_loss,
     read_rows,
     repetition,
+    verdicts,
 )
 from pretrain import train_tokenizer
 from sample import CASES
@@ -51,14 +51,26 @@ def row(constraints, story=None, rivals=("小狗过生日，收到了许多礼�
     ("摘要", "小狗过生日，收到了许多礼物。", False),
     *[(key, "", False) for key in KEYS]])
 def test_planted_cases(kind, story, met):
-    verdict = judge(row(ALL), story)
+    verdict = judge(verdicts(row(ALL), story))
     assert all(verdict.values()) if kind is None else verdict[kind] is met
 
 
 def test_what_no_rule_can_tell():
-    assert judge(row({"特点": ["转折"]}), MEETS) == {"特点": None}
-    assert judge(row({"特点": ["转折", "对话"]}), MEETS) == {"特点": True}
-    assert judge(row({"摘要": "小猫。"}, rivals=()), MEETS) == {"摘要": None}
+    assert judge(verdicts(row({"特点": ["转折"]}), MEETS)) == {"特点": None}
+    assert judge(verdicts(row({"特点": ["转折", "对话"]}), MEETS)) == {"特点": True}
+    assert judge(verdicts(row({"摘要": "小猫。"}, rivals=()), MEETS)) == {"摘要": None}
+
+
+def test_a_detector_tells_the_features_it_knows_and_only_those():
+    def detect(story):
+        return {"转折": "没想到" in story}
+    asked = row({"特点": ["转折", "对话", "伏笔"], "词汇": ["皮球"]})
+    assert verdicts(asked, MEETS, detect)["特点"] == {"转折": False, "对话": True, "伏笔": None}
+    assert judge(verdicts(asked, MEETS, detect)) == {"特点": False, "词汇": True}
+    result = obedience([asked], [[MEETS, "没想到，" + MEETS]], 1, detect)
+    assert result["satisfied"]["2"]["rate"] == 1 / 2 and result["unchecked_features"] == 1
+    assert result["by_kind"]["特点 转折"]["rate"] == 1 / 2 and result["by_kind"]["特点 对话"]["rate"] == 1
+    assert "特点 伏笔" not in result["by_kind"]
 
 
 def test_subsequences_and_overlaps():
@@ -125,7 +137,6 @@ def test_longest_common_substring_and_rouge2_against_brute_force():
         return max((sum(min(grams.count(g), c.count(g)) for g in set(grams)) / len(grams) for c in counts),
                    default=0) if grams else 0
     assert highest_rouge2(told, training) == pytest.approx([rouge2(s) for s in told])
-    assert len(gram_hashes(["河"], 2)[0]) == 0
 
 
 def test_repetition():
@@ -172,6 +183,9 @@ def test_generated_instructions_have_a_ceiling_of_one():
 @pytest.mark.parametrize("record, says", [
     ({"instruction": "写一个故事。"}, "no constraints"),
     ({"instruction": "x", "constraints": {"颜色": "红"}}, "颜色"),
+    ({"instruction": "词汇：河\n颜色：红"}, "颜色"),
+    ({"instruction": "颜色：红\n词汇：河"}, "颜色"),
+    ({"instruction": "词汇：河", "input": "主角：小猫"}, "主角"),
     ({"instruction": "特点：有趣"}, "有趣"),
     ({"instruction": "随机句子：。！"}, "can be checked"),
     ({"instruction": "x", "constraints": {"词汇": "河"}}, "list"),

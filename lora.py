@@ -1,0 +1,175 @@
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) on the Linears of a model, kept in PEFT's format.
+
+    add(model, ["q_proj", "v_proj"], r=8, alpha=16)     # freezes the model, puts trainable adapters on these Linears
+    save(directory, model)                              # adapter_config.json, adapter_model.safetensors
+    load(directory, model)                              # puts a saved adapter on its base
+    plain = merged(model)                               # a model without adapters that computes the same
+
+The base keeps its parameters and their names; an adapter is every key that contains `lora_`.
+"""
+import hashlib
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model import GPT
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what PEFT puts before the names of the base's modules
+# PEFT's features that change what an adapter computes and are not ours, with the values that leave them off
+OFF = {"bias": ("none",), "use_dora": (False,), "fan_in_fan_out": (False,), "rank_pattern": ({},),
+       "alpha_pattern": ({},), "modules_to_save": ([],), "trainable_token_indices": ({}, []),
+       "layer_replication": ([],)}
+
+
+class LoRALinear(nn.Module):
+    """y = x Wᵀ + scale · (x Aᵀ) Bᵀ, with W the Linear's own weight, frozen. A (r, in) starts random, B (out, r) at 0.
+
+    scaling: "lora", scale = alpha / r; "rslora", alpha / sqrt(r) (Kalajdzievski, arXiv 2312.03732).
+    """
+
+    def __init__(self, linear, r, alpha, scaling="lora", dropout=0.0):
+        super().__init__()
+        self.r, self.alpha, self.scaling = r, alpha, scaling
+        self.scale = alpha / (r if scaling == "lora" else math.sqrt(r))
+        self.weight = linear.weight.requires_grad_(False)
+        like = {"bias": False, "device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.lora_A = nn.Linear(linear.in_features, r, **like)  # kaiming_uniform(a=sqrt(5)), as PEFT's
+        self.lora_B = nn.Linear(r, linear.out_features, **like)
+        nn.init.zeros_(self.lora_B.weight)
+        self.lora_dropout = nn.Dropout(dropout)
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        return F.linear(x, self.weight) + self.scale * self.lora_B(self.lora_A(self.lora_dropout(x)))
+
+    def delta(self):
+        """What the adapter adds to the weight: (out, in), in float32."""
+        return self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
+
+
+def adapters(model):
+    """-> {name of the module: LoRALinear}"""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def add(model, targets, r, alpha, scaling="lora", dropout=0.0):
+    """Freeze the model and put an adapter on every Linear whose name, or the end of it, is one of `targets`.
+
+    Raises ValueError for a target that matches nothing, r or alpha that are not positive, r above both dimensions.
+    """
+    if r < 1 or not alpha > 0:
+        raise ValueError(f"LoRA needs r of at least 1 and a positive alpha, not r {r}, alpha {alpha}")
+    if scaling not in ("lora", "rslora"):
+        raise ValueError(f"scaling {scaling!r} is not known (lora, rslora)")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = {}
+    for target in targets:
+        found = {name: linear for name, linear in linears.items() if f".{name}".endswith(f".{target}")}
+        if not found:
+            known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise ValueError(f"target {target!r} matches no Linear of the model (there are: {', '.join(known)})")
+        chosen |= found
+    for name, linear in chosen.items():
+        if r > max(linear.weight.shape):
+            raise ValueError(f"r {r} is above both dimensions of {name}, {tuple(linear.weight.shape)}")
+    model.requires_grad_(False)
+    for name, linear in chosen.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoRALinear(linear, r, alpha, scaling, dropout))
+
+
+# ---- files ----
+
+def fingerprints(model):
+    """{name: a hash of the values} of the base's weights, so that an adapter can tell whether it has its own base."""
+    return {name: hashlib.blake2b(p.detach().float().cpu().numpy().tobytes(), digest_size=8).hexdigest()
+            for name, p in model.named_parameters() if "lora_" not in name}
+
+
+def save(directory, model, base="", base_fingerprints=None):
+    """Write an adapter directory. base: where the base model is, for PEFT's users. base_fingerprints: those of the base
+    as it was loaded, if its precision has been changed since."""
+    from checkpoint import write_atomic
+    directory, parts = Path(directory), adapters(model)
+    one = next(iter(parts.values()))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": one.r,
+              "lora_alpha": one.alpha, "lora_dropout": one.lora_dropout.p, "use_rslora": one.scaling == "rslora",
+              "target_modules": sorted({name.rsplit(".", 1)[-1] for name in parts}), "bias": "none",
+              "fan_in_fan_out": False, "inference_mode": True}
+    tensors = {f"{PREFIX}{name}.{part}.weight": getattr(module, part).weight.detach().cpu().contiguous()
+               for name, module in parts.items() for part in ("lora_A", "lora_B")}
+    metadata = {"format": "pt", "base": json.dumps(base_fingerprints or fingerprints(model))}
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory / CONFIG, lambda p: p.write_text(json.dumps(config, indent=2), encoding="utf-8"))
+    write_atomic(directory / TENSORS, lambda p: save_file(tensors, p, metadata=metadata))
+
+
+def load(directory, model, scale=1.0):
+    """Put a saved adapter (ours or PEFT's) on its base; scale: how much of it, 0 is the base alone.
+
+    Raises ValueError naming what is missing, not supported, or does not fit the model.
+    """
+    directory = Path(directory)
+    for name in (CONFIG, TENSORS):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory}: no adapter directory ({name} is missing)")
+    if adapters(model):
+        raise ValueError(f"{directory}: the model has an adapter already")
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        kind, r, alpha = config["peft_type"], config["r"], config["lora_alpha"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{directory / CONFIG}: not the configuration of an adapter ({e})") from None
+    unknown = [f"{key} {config[key]!r}" for key, off in OFF.items() if config.get(key) not in (None, *off)]
+    if kind != "LORA" or unknown:
+        raise ValueError(f"{directory / CONFIG}: {unknown[0] if unknown else kind} is not supported (plain LoRA is)")
+    try:
+        with safe_open(directory / TENSORS, "pt") as f:
+            tensors = {key.removeprefix(PREFIX): f.get_tensor(key) for key in f.keys()}
+            base = json.loads((f.metadata() or {}).get("base", "{}"))
+    except (SafetensorError, ValueError) as e:
+        raise ValueError(f"{directory / TENSORS}: not a safetensors file ({e})") from None
+
+    own = fingerprints(model) if base else {}
+    for name, digest in base.items():
+        if own.get(name) != digest:
+            raise ValueError(f"{directory}: made for another base model ({name} has other values)")
+    targets = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    if not targets or set(tensors) != {f"{name}.{part}.weight" for name in targets for part in ("lora_A", "lora_B")}:
+        raise ValueError(f"{directory / TENSORS}: not the pairs lora_A, lora_B of an adapter")
+    add(model, targets, r, alpha, "rslora" if config.get("use_rslora") else "lora", config.get("lora_dropout", 0.0))
+    for name, module in adapters(model).items():
+        for part in (module.lora_A, module.lora_B):
+            kind = "lora_A" if part is module.lora_A else "lora_B"
+            tensor = tensors[f"{name}.{kind}.weight"]
+            if tensor.shape != part.weight.shape:
+                raise ValueError(f"{directory}: {name}.{kind} is {tuple(tensor.shape)}, but the base model asks for "
+                                 f"{tuple(part.weight.shape)}")
+            part.weight.data.copy_(tensor)
+        module.scale *= scale
+
+
+def merged(model):
+    """A plain GPT that computes what the adapted model computes; merged in float32, the model stays as it is.
+
+    An adapter on a tied head changes the head and not the embedding, so merging unties them.
+    """
+    parts = adapters(model)
+    tied = model.config.tie_embeddings and "lm_head" not in parts
+    with torch.device("meta"):
+        plain = GPT(replace(model.config, tie_embeddings=tied))
+    weights = {name: p.detach().clone() for name, p in model.state_dict().items() if "lora_" not in name}
+    for name, module in parts.items():
+        weight = module.weight.detach()
+        weights[f"{name}.weight"] = (weight.float() + module.delta().detach()).to(weight.dtype)
+    plain.load_state_dict(weights, assign=True)
+    if tied:
+        plain.lm_head.weight = plain.model.embed_tokens.weight
+    return plain

@@ -1,0 +1,146 @@
+"""lora.py, the library part: PEFT is the judge. B is random in every test, or it would prove nothing."""
+import json
+
+import pytest
+import torch
+from conftest import random_model, tiny_config
+
+import evaluate
+import lora
+import sample
+from checkpoint import load_model, save_model
+from model import GPT, GPTConfig
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def study_config(vocab_size, **changes):
+    """No attention matrix is square: 2 heads of 48 = 96, n_embd 64."""
+    return tiny_config(vocab_size, n_embd=64, head_size=48, **changes)
+
+
+def randomise(model, seed=1):
+    torch.manual_seed(seed)
+    for module in lora.adapters(model).values():
+        torch.nn.init.normal_(module.lora_B.weight, std=0.1)
+    return model
+
+
+def adapted(config, targets=ALL, r=4, alpha=8, **options):
+    model = random_model(config)
+    lora.add(model, targets, r, alpha, **options)
+    return randomise(model).eval()
+
+
+IDX = torch.arange(3, 27).view(2, 12)
+
+
+@pytest.mark.parametrize("scaling", ["lora", "rslora"])
+def test_ours_in_peft(tok, tmp_path, scaling):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = adapted(study_config(tok.vocab_size), r=8, alpha=16, scaling=scaling)
+    save_model(tmp_path / "base", random_model(model.config), tok)
+    lora.save(tmp_path / "adapter", model, tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.allclose(model(IDX), theirs(IDX).logits, atol=1e-4)
+    assert not torch.allclose(model(IDX), random_model(model.config)(IDX), atol=1e-2)  # the adapter does something
+    merged = theirs.merge_and_unload()
+    assert torch.allclose(lora.merged(model)(IDX), merged(IDX).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets, r, rslora", [(["q_proj", "v_proj"], 4, False), (ALL, 16, False), (ALL, 8, True)])
+def test_theirs_here(tok, tmp_path, targets, r, rslora):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    save_model(tmp_path / "base", random_model(study_config(tok.vocab_size)), tok)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=r, lora_alpha=12, target_modules=targets, use_rslora=rslora,
+                                                       task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    model, _ = load_model(tmp_path / "base")
+    lora.load(tmp_path / "adapter", model)
+    assert len(lora.adapters(model)) == len(targets) * model.config.n_layer
+    assert torch.allclose(model.eval()(IDX), theirs(IDX).logits, atol=1e-4)
+
+
+def test_the_base_stays_and_the_adapter_alone_is_saved(tok, tmp_path):
+    base = random_model(study_config(tok.vocab_size))
+    before = {name: p.clone() for name, p in base.state_dict().items()}
+    model = random_model(base.config)
+    lora.add(model, ALL, 4, 8)
+    assert torch.equal(model(IDX), base(IDX))  # B = 0: the base exactly
+    randomise(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(IDX, IDX).backward()
+    optimizer.step()
+    assert all(p.grad is None for name, p in model.named_parameters() if "lora_" not in name)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+    lora.save(tmp_path, model)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [lora.CONFIG, lora.TENSORS]
+    again = random_model(base.config)
+    lora.load(tmp_path, again)
+    assert torch.equal(again.eval()(IDX), model.eval()(IDX))
+    half = random_model(base.config)
+    lora.load(tmp_path, half, scale=0.0)
+    assert torch.equal(half(IDX), base(IDX))
+
+
+def test_a_tied_head_is_untied_by_merging(tok):
+    model = adapted(study_config(tok.vocab_size), ["lm_head", "q_proj"])
+    embedding = model.model.embed_tokens.weight.clone()
+    plain = lora.merged(model)
+    assert not plain.config.tie_embeddings and torch.equal(plain.model.embed_tokens.weight, embedding)
+    assert torch.allclose(plain(IDX), model(IDX), atol=1e-5)
+    assert lora.merged(adapted(model.config)).config.tie_embeddings
+
+
+def test_what_does_not_fit_is_named(tok, tmp_path):
+    model = random_model(study_config(tok.vocab_size))
+    for targets, r, alpha, says in [(["query"], 4, 8, "q_proj"), (ALL, 0, 8, "r 0"), (ALL, 4, 0, "alpha 0"),
+                                    (["q_proj"], 97, 8, "above both")]:
+        with pytest.raises(ValueError, match=says):
+            lora.add(model, targets, r, alpha)
+    assert not lora.adapters(model)
+    model = adapted(study_config(tok.vocab_size))
+    lora.save(tmp_path, model)
+    with pytest.raises(ValueError, match="another base model .model.embed_tokens.weight"):
+        lora.load(tmp_path, random_model(model.config, seed=1))
+    with pytest.raises(ValueError, match="has an adapter already"):
+        lora.load(tmp_path, model)
+    config = json.loads((tmp_path / lora.CONFIG).read_text())
+    for change, says in [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "IA3")]:
+        (tmp_path / lora.CONFIG).write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=says):
+            lora.load(tmp_path, random_model(model.config))
+    (tmp_path / lora.TENSORS).write_bytes(b"x")
+    (tmp_path / lora.CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="safetensors"):
+        lora.load(tmp_path, random_model(model.config))
+    (tmp_path / lora.TENSORS).unlink()
+    with pytest.raises(ValueError, match=f"{lora.TENSORS} is missing"):
+        lora.load(tmp_path, random_model(model.config))
+
+
+def test_sizes_of_the_study():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=65024, n_head=6, n_kv_head=6, head_size=48, n_embd=512))
+        lora.add(model, [*ALL[:4], "lm_head"], 256, 512)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 21_692_416
+
+
+def test_sample_and_evaluate_take_an_adapter(model_dir, pairs_file, tmp_path, capsys, refused):
+    model, tokenizer = load_model(model_dir)
+    lora.add(model, ALL, 4, 64)
+    lora.save(tmp_path / "a", randomise(model, 3))
+    said = []
+    for argv in ([], ["--adapter", str(tmp_path / "a")]):
+        sample.main(["--ckpt", str(model_dir), "--prompt", "小猫", "--device", "cpu", *argv])
+        said.append(capsys.readouterr().out)
+        evaluate.main(["--ckpt", str(model_dir), "--base", str(model_dir), "--data", str(pairs_file), "--samples", "1",
+                       "--device", "cpu", "--out", str(tmp_path / f"eval{len(argv)}"), *argv])
+    assert said[0] != said[1]
+    results = [json.loads((tmp_path / f"eval{n}" / "eval.json").read_text(encoding="utf-8")) for n in (0, 2)]
+    assert results[0]["plain_nll"] == results[0]["base_nll"] == results[1]["base_nll"] != results[1]["plain_nll"]
+    refused(sample.main, ["--ckpt", model_dir, "--adapter", tmp_path, "--prompt", "x"], lora.CONFIG)
+    refused(evaluate.main, ["--ckpt", model_dir, "--adapter", tmp_path], lora.CONFIG)
