@@ -152,9 +152,9 @@ def fits(tokenizer, config):
 
 
 def find_base():
-    """The built-in base model: the one that ships, else the one that train_sft.py has made, else None."""
-    candidates = (Path(__file__).parent / "base", Path("out/base"))
-    return next((path for path in candidates if (path / WEIGHTS).is_file()), None)
+    """The directory of the base model that ships, or None."""
+    base = Path(__file__).parent / "base"
+    return base if (base / WEIGHTS).is_file() else None
 
 
 # ---- runs ----

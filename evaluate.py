@@ -46,6 +46,7 @@ from sample import continue_all, encode, fail, find_model, pick_device
 HANDWRITTEN = Path(__file__).parent / "data" / "eval_instructions.jsonl"
 BUILTIN, BUILTIN_SEED = 100, 99  # instructions of generated stories that stand beside the handwritten ones
 PLAIN, PLAIN_SEED = 100, 98      # plain stories on which forgetting is measured
+PRETRAINED = 5000                # texts of the base's pretraining in which memorised passages are looked for
 RIVALS = 19                      # other summaries that a story is compared with
 RESAMPLES = 2000                 # of the bootstrap
 ORDER_ROWS, ORDERS = 8, 6        # instructions, and orders of each, that order_spread looks at
@@ -104,12 +105,12 @@ def builtin_rows():
 
 
 def builtin_training():
-    """The texts of all stories that the default base and the default fine-tuning are trained on."""
+    """The stories of the default fine-tuning, and the first PRETRAINED texts of the base's pretraining."""
     import pretrain
     import train_sft
-    from data.generate import stories
-    return [record["text"] for module in (pretrain, train_sft)
-            for record in stories(module.BUILTIN_STORIES, module.BUILTIN_SEED)]
+    from data import books
+    return [record["output"] for record in train_sft.builtin_records()] + list(
+        books.texts(PRETRAINED, pretrain.BUILTIN_SEED))
 
 
 def add_rivals(rows, seed):
@@ -302,7 +303,7 @@ def highest_rouge2(stories, training):
 # ---- all of it ----
 
 def evaluate(model, tokenizer, rows, base=None, plain=(), training=(), samples=2, seed=1337, temperature=0.2, top_p=0.9,
-             top_k=30, max_new_tokens=300, detect=None, progress=False):
+             top_k=30, max_new_tokens=400, detect=None, progress=False):
     """-> the dict of eval.json, without args.
 
     rows: of `read_rows`. base: the untuned model with the same tokenizer, for floor, gen_nll and base_nll. plain:

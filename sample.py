@@ -116,7 +116,7 @@ def tell(model, tokenizer, kind, text, max_new_tokens, seed, sampling):
         print("\n" + verdicts(text, story))
 
 
-def tell_cases(model, tokenizer, max_new_tokens=300, seed=1337):
+def tell_cases(model, tokenizer, max_new_tokens=400, seed=1337):
     """The study's eight test cases, each with the study's own sampling values."""
     for kind, text, sampling in CASES:
         try:
@@ -208,7 +208,7 @@ def parse_args(argv=None):
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is argmax (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.9, help="in (0, 1] (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=30, help="0 is off (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=300, help="(default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=400, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
     # machine
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")

@@ -111,6 +111,9 @@ def load_classes(tables, path, lexicon=()):
             entries[entry["word"]] = entry
         lexicon[name] = {key: table.get(key) for key in same} | {"entries": list(entries.values())}
     for name in tables:
+        for sentence in lexicon[name].get("say", ()):
+            if any("say" in lexicon.get(slot, ()) for slot in re.findall(r"\{([^{}]*)\}", sentence)):
+                raise ValueError(f"{path}: [{name}]: a sentence class within another, in {sentence!r}")
         for other in lexicon[name].get("of", [lexicon[name].get("names")]):
             if other is not None and "entries" not in lexicon.get(other, {}):
                 raise ValueError(f"{path}: [{name}]: unknown class {other!r}")

@@ -23,7 +23,8 @@ XZ_CHARS = 1_100_000
 
 def skeleton(made):
     """A story as the plot has it, each word replaced by its class: 一天，{who}在{place}{place.at}…"""
-    classes = {slot: "+".join(sorted({name for name, table in made["plot"]["lexicon"].items() if table in tables}))
+    of = {id(table): name for name, table in made["plot"]["lexicon"].items()}
+    classes = {slot: "+".join(sorted({of[id(table)] for table in tables}))
                for slot, tables in made["plot"]["slots"].items()}
     named = (part.partition(".") if isinstance(part, generate.Slot) else None for part in made["told"])
     return "".join(part if name is None else f"{{{classes.get(name[0], name[0])}{name[1]}{name[2]}}}"

@@ -14,6 +14,7 @@ import pretrain
 import sample
 import train_sft
 from checkpoint import load_model, save_model
+from data import books
 
 TINY = ["--vocab-size", "500", "--block-size", "128", "--batch-size", "2", "--device", "cpu"]
 
@@ -66,31 +67,25 @@ def test_a_large_vocabulary_gets_wider_token_files(tok, tmp_path, monkeypatch):
 
 # ---- train_sft.py without --init ----
 
-def test_without_a_base_one_is_pretrained_and_an_unfinished_one_finished(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    base = train_sft.Path("out/base")
-    monkeypatch.setattr(train_sft, "find_base", lambda: base if base.exists() else None)
+def test_without_init_the_base_that_ships_is_tuned(model_dir, tmp_path, monkeypatch, capsys, refused):
     monkeypatch.setattr(train_sft, "BUILTIN_STORIES", 60)
-    calls = []
-    usual = pretrain.main
+    monkeypatch.setattr(train_sft, "find_base", lambda: model_dir)
+    for name in "ab":
+        train_sft.main(["--max-steps", "2", "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / name)])
+        assert f"base model: {model_dir}" in capsys.readouterr().out
+    one, other = (tmp_path / name / "last/model.safetensors" for name in "ab")
+    assert one.read_bytes() == other.read_bytes()  # same seed, same bytes
+    monkeypatch.setattr(train_sft, "find_base", lambda: None)
+    refused(train_sft.main, ["--out", tmp_path / "c"], "no base model", "--init")
 
-    def small(argv):
-        calls.append(argv)
-        usual([*argv, "--max-steps", "4", *([] if "--resume" in argv else TINY)])
 
-    monkeypatch.setattr(pretrain, "main", small)
-    monkeypatch.setattr(pretrain, "BUILTIN_STORIES", 200)
-    argv = ["--max-steps", "2", "--batch-size", "4", "--device", "cpu", "--out"]
-    train_sft.main([*argv, "out/a"])
-    assert "no base model yet" in capsys.readouterr().out and calls == [["--out", "out/base"]]
-    train_sft.main([*argv, "out/b"])
-    assert len(calls) == 1 and "base model: out/base" in capsys.readouterr().out  # used again
-    state = torch.load("out/base/last/train_state.pt", weights_only=True)
-    torch.save({**state, "total": 9}, "out/base/last/train_state.pt")  # as if it had been interrupted
-    train_sft.main([*argv, "out/c"])
-    assert calls[1:] == [["--out", "out/base", "--resume"]]
-    assert (train_sft.Path("out/a/last/model.safetensors").read_bytes()
-            == train_sft.Path("out/b/last/model.safetensors").read_bytes())  # same seed, same bytes
+def test_pretrain_without_data_reads_the_built_in_books(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "BUILTIN_TEXTS", 300)
+    pretrain.main(["--out", str(tmp_path / "base"), "--max-steps", "2", *TINY])
+    model, tokenizer = load_model(tmp_path / "base")
+    tokens = np.fromfile(tmp_path / "base" / "tokens" / "train.bin", np.uint16).tolist()
+    assert tokenizer.decode(tokens[:tokens.index(tokenizer.eos_id)]) == next(books.texts(1, pretrain.BUILTIN_SEED))
+    assert tokens.count(tokenizer.eos_id) == 300
 
 
 # ---- sample.py ----

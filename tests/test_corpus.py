@@ -1,0 +1,105 @@
+"""The built-in corpus as published: the authored stories, the books of pretraining, what data/stats.py measures."""
+import re
+from itertools import combinations
+
+import pytest
+
+from constraints import FEATURES, has_dialogue, parse
+from data import books, generate, stats
+from data.generate import Slot
+
+# ---- the authored stories ----
+
+@pytest.fixture(scope="module")
+def authored():
+    return generate.authored()
+
+
+def test_authored_records_are_true_and_complete(authored):
+    assert len(authored) >= 150 and len(generate.authored("heldout")) == 30
+    assert len(generate.authored("train")) == len(authored) - 30
+    assert len({record["story_id"] for record in authored}) == len(authored)
+    for record in authored:
+        text = record["text"]
+        assert set(record) == {"text", "words", "features", "sentence", "summary", "story_id", "split"}
+        assert 100 <= len(text) <= 300 and "\n" not in text
+        assert 2 <= len(record["words"]) <= 3 and all(word in text for word in record["words"])
+        assert text.count(record["sentence"]) == 1 and 15 <= len(record["summary"]) <= 60
+        assert record["features"] == [f for f in FEATURES if f in record["features"]]
+        assert ("对话" in record["features"]) == has_dialogue(text)
+        assert stats.longest_common_substring(record["summary"], text) < 15
+
+
+def test_no_two_authored_stories_are_alike(authored):
+    texts = [record["text"] for record in authored]
+    assert len({text[:8] for text in texts}) == len(texts)
+    grams = [{text[i:i + 5] for i in range(len(text) - 4)} for text in texts]
+    assert max(len(a & b) / len(a | b) for a, b in combinations(grams, 2)) < 0.1
+
+
+# ---- the books ----
+
+def test_books_hold_no_instructions_and_no_held_out_story(authored):
+    told = list(books.texts(2000, 5))
+    assert not [text for text in told if parse(text)[0]]
+    held_out = {record["text"] for record in authored if record["split"] == "heldout"}
+    assert not held_out & set(told) and {r["text"] for r in generate.authored("train")} & set(told)
+    assert told[:50] == list(books.texts(50, 5)) != list(books.texts(50, 6))
+
+
+def test_what_books_are_made_of():
+    told = list(books.texts(2000, 5))
+    read_twice = [text for text in told if (lines := text.split("\n"))[1:] and lines[1].endswith(lines[0])]
+    assert 0.1 < len(read_twice) / len(told) < 0.2
+    two = [text.split("\n\n") for text in told if "\n\n" in text]
+    assert 0.3 < len(two) / len(told) < 0.5
+    lexicon, _ = generate.load()
+    names = [e["word"] for group in ("pet_name", "boy_name", "girl_name") for e in lexicon[group]["entries"]]
+    name = re.compile("|".join(names))
+    same = sum(bool(set(name.findall(first)) & set(name.findall(second))) for first, second in two)
+    assert same > 0.9 * len(two)  # the second story is about the same characters
+    assert 0.3 < sum(text.startswith("《") for text in told) / len(told) < 0.6
+
+
+def test_books_command(tmp_path, capsys):
+    books.main(["--n", "5", "--seed", "2", "--out", str(tmp_path / "b.jsonl")])
+    from dataset import read_stories
+    assert read_stories(tmp_path / "b.jsonl") == list(books.texts(5, 2))
+
+
+# ---- what is measured ----
+
+def test_the_measures():
+    assert stats.longest_common_substring("小猫在河边", "大猫在河里") == 3
+    assert stats.longest_common_substring("", "河") == stats.longest_common_substring("河", "山") == 0
+    assert 0 < stats.bits_per_character(["河山" * 1000]) < 1
+    who, place = {"entries": []}, {"entries": []}
+    made = {"plot": {"lexicon": {"who": who, "place": place}, "slots": {"hero": [who], "spot": [place]}},
+            "told": ["一天，", Slot("hero.full"), "在", Slot("spot"), "边。", Slot("they"), "走了。"]}
+    assert stats.skeleton(made) == "一天，{who.full}在{place}边。{they}走了。"
+
+
+def test_the_corpus_keeps_its_promises():
+    _, plots = generate.load()
+    assert len(plots) >= 60
+    for plot in plots:
+        assert len(plot["endings"]) >= 3, plot["name"]
+        for ending in plot["endings"]:
+            assert len(ending["summary"]) >= 3, plot["name"]
+            assert min(len(every) for _, (_, every) in ending["beats"]) >= 3, plot["name"]
+    lines = dict(stats.grammar(3000, 4))
+    assert int(lines["distinct sentence skeletons"].split(";")[0].replace(",", "")) >= 3000
+    assert int(lines["distinct Chinese characters"].replace(",", "")) >= 1500
+    for what, wrong in lines.items():
+        if what.startswith("stories "):
+            assert wrong == 0, what
+    for feature in FEATURES:
+        assert 0.10 <= float(lines[f"share of stories with {feature}"].rstrip("%")) / 100 <= 0.60
+    assert stats.ceiling(300, 4) >= 0.95
+
+
+def test_the_stats_command(capsys):
+    stats.main(["--n", "200", "--unique", "50"])
+    out = capsys.readouterr().out
+    assert "| plots | 72;" in out and "| stories made again on the way to 50 different ones | 0 |" in out
+    assert "authored: highest Jaccard" in out
