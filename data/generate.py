@@ -27,6 +27,7 @@ from tqdm import tqdm  # noqa: E402
 
 from constraints import FEATURES, KEYS, has_dialogue, render  # noqa: E402
 
+VERSION = 2                     # of what is written: another number when the same seed gives other stories
 LANGUAGE = ROOT / "data"        # the folder of lexicon.toml and plots/
 POS = ("noun", "verb", "adj")
 STORY_CHARS = 120, 400

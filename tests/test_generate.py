@@ -254,7 +254,7 @@ def failure(capsys, *argv):
     ("lexicon.toml", "\n顶 帽子", "\n条 围巾", "[thing]: duplicate word '围巾'"),
     ("lexicon.toml", 'pos = "noun"', 'pos = "none"', "pos must be one of"),
     ("lexicon.toml", 'names = "pet_name"', 'names = "pet"', "[animal]: unknown class 'pet'"),
-    ("lexicon.toml", "[scene]\nsay = [", '[scene]\nsay = ["{moon}。",', ".toml: beat 3, phrasing 1: {scene}, sentence 1: unk"),
+    ("lexicon.toml", "[scene]\nsay = [", '[scene]\nsay = ["{moon}。",', "{scene}, sentence 1: unknown slot {moon}"),
     ("lexicon.toml", "[animal]", "[animal", "lexicon.toml"),
     ("lexicon.toml", "[animal]", "x = 1\n[animal]", "lexicon.toml"),
 ])

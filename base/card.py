@@ -1,0 +1,62 @@
+"""What the model card (README.md) says of the base model: python base/card.py
+
+Losses on plain stories that it has not been trained on, and ten samples. The real stories are those in the folder
+$MICROSTORIES_REAL_DATA, where there is one.
+"""
+import argparse
+import math
+import os
+import sys
+from itertools import islice
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from checkpoint import load_model  # noqa: E402
+from data import generate  # noqa: E402
+from dataset import read_stories  # noqa: E402
+from evaluate import plain_loss  # noqa: E402
+from sample import fail  # noqa: E402
+
+SEED = 98  # of stories that nothing is trained on
+SAMPLES = {"temperature": 0.8, "top_p": 1.0, "seed": 1}
+
+
+def texts():
+    """{name: stories}"""
+    found = {"the grammar's stories, 300 of seed 98": [r["text"] for r in generate.stories(300, SEED)],
+             "the authored stories that are held out, 30": [r["text"] for r in generate.authored("heldout")]}
+    folder = os.environ.get("MICROSTORIES_REAL_DATA")
+    if folder:
+        path = Path(folder, "real_stories_zh.jsonl")
+        found["real stories, the first 300"] = list(islice(read_stories(path), 300))
+    return found
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Measure the base model and let it write ten times.")
+    parser.error = fail
+    parser.add_argument("--ckpt", type=Path, default=ROOT / "base", help="model directory (default: base/)")
+    args = parser.parse_args(argv)
+    try:
+        model, tokenizer = load_model(args.ckpt)
+        told = texts()
+    except (ValueError, OSError) as e:
+        fail(e)
+    model.float().eval()
+    print("| text | nats per token | tokens per character | bits per character |\n|---|---|---|---|")
+    for name, stories in told.items():
+        # a story is cut at the model's context, and an EOS is predicted behind it: both count as its text
+        fit = [s for s in stories if len(tokenizer.encode(s)) <= model.config.block_size - 2]
+        tokens, chars = sum(len(tokenizer.encode(s)) + 1 for s in fit), sum(map(len, fit))
+        loss = plain_loss(model, tokenizer, fit)
+        print(f"| {name} ({len(fit)} fit into the context) | {loss:.3f} | {tokens / chars:.3f} "
+              f"| {loss * tokens / chars / math.log(2):.3f} |")
+    for ids in model.generate([[tokenizer.eos_id]] * 10, model.config.block_size - 1, eos_id=tokenizer.eos_id,
+                              **SAMPLES):
+        print("\n" + "\n".join("> " + (line or "<br>") for line in tokenizer.decode(ids).split("\n")))
+
+
+if __name__ == "__main__":
+    main()

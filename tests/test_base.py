@@ -1,0 +1,66 @@
+"""The base model that ships: it is the one its card describes, made from the corpus as it is."""
+import hashlib
+import importlib.util
+import json
+from itertools import islice
+
+import pytest
+from conftest import ROOT
+
+import pretrain
+from checkpoint import find_base, gpt_config, load_model
+from data import books, generate
+from dataset import read_stories
+from model import PRESETS
+
+BASE = ROOT / "base"
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return json.loads((BASE / "corpus.json").read_text(encoding="utf-8"))
+
+
+def test_the_corpus_is_the_one_that_the_base_was_trained_on(corpus):
+    assert (corpus["version"], corpus["texts"], corpus["seed"]) == (
+        generate.VERSION, pretrain.BUILTIN_TEXTS, pretrain.BUILTIN_SEED)
+    first = "\n".join(books.texts(1000, corpus["seed"]))
+    assert hashlib.sha256(first.encode()).hexdigest() == corpus["sha256_of_first_1000_texts"]
+    held_out = "\n".join(r["text"] for r in generate.stories(100, 99, held_out=True))
+    assert hashlib.sha256(held_out.encode()).hexdigest() == corpus["sha256_of_heldout_stories"]
+
+
+def test_it_is_small_and_loads(corpus):
+    assert find_base() == BASE
+    assert sum(p.stat().st_size for p in BASE.iterdir() if p.is_file()) <= 16e6
+    model, tokenizer = load_model(BASE)
+    assert gpt_config(BASE / "config.json") == PRESETS["small"] and model.num_params() == 6_163_712
+    assert str(model.lm_head.weight.dtype) == "torch.bfloat16"
+    text = next(islice(books.texts(1000, corpus["seed"]), 7, None))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_its_tokenizer_serves_real_chinese(real_data):
+    _, tokenizer = load_model(BASE)
+    stories = read_stories(real_data / "real_stories_zh.jsonl")
+    assert sum(len(tokenizer.encode(s)) for s in stories) / sum(map(len, stories)) <= 1.2
+
+
+def test_a_word_has_the_same_pieces_in_a_prompt_and_in_a_story():
+    _, tokenizer = load_model(BASE)
+    same = of = 0
+    for record in generate.stories(200, 98):
+        pieces = "\0".join(tokenizer.sp.encode_as_pieces(record["text"]))
+        for word in record["words"]:
+            of += 1
+            same += "\0".join(tokenizer.sp.encode_as_pieces(word)) in pieces
+    assert same / of > 0.9
+
+
+def test_the_card_prints_losses_and_samples(capsys, model_dir):
+    spec = importlib.util.spec_from_file_location("card", BASE / "card.py")
+    card = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(card)
+    card.main(["--ckpt", str(model_dir)])
+    out = capsys.readouterr().out
+    assert "authored stories that are held out" in out and out.count("\n> ") >= 10
