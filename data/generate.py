@@ -130,17 +130,17 @@ def load_plot(path, lexicon):
     plot = read_toml(path)
     check(plot, path, {"name": str, "central": str, "slots": dict, "beat": list, "ending": list},
           {"features": list, "class": dict})
-    lexicon = load_classes(plot.get("class", {}), path, lexicon)
+    everywhere, lexicon = lexicon, load_classes(plot.get("class", {}), path, lexicon)
     slots = {slot: classes_of(lexicon, kind, f"{path}: slot {slot!r}") for slot, kind in plot["slots"].items()}
     if plot["central"] not in slots:
         raise ValueError(f"{path}: central {plot['central']!r} is not one of the slots")
     columns, said = {}, [path.read_text(encoding="utf-8")]
 
     def has(slot):
-        """Is there a word for this slot, in every entry that may fill it?"""
+        """Is there a word for this slot? A class that the plot does not declare becomes a slot of that name."""
         name, _, column = slot.partition(".")
-        if name not in slots and "entries" in lexicon.get(name, ()) or "of" in lexicon.get(name, ()):
-            slots.setdefault(name, classes_of(lexicon, name, path))
+        if name not in slots and name in lexicon:
+            slots[name] = classes_of(lexicon, name, path)
         if name in slots and name not in columns:
             columns[name] = set.intersection(*(set(entry) | ({"kind", "full"} if table["names"] else set())
                                                for table in slots[name] for entry in table["entries"]))
@@ -211,10 +211,12 @@ def load_plot(path, lexicon):
     text = "\n".join(said)
     running = {entry["word"]: group["pos"] for group in lexicon.values() if group.get("in_text")
                for entry in group["entries"] if entry["word"] in text}
-    slot_words = [entry["word"] for group in lexicon.values() if group.get("pos") and not group.get("in_text")
-                  for entry in group["entries"]]
+    slot_words, shared_words = ([entry["word"] for group in classes.values() if group.get("pos")
+                                 and not group.get("in_text") for entry in group["entries"]]
+                                for classes in (lexicon, everywhere))
     return {"path": path, "name": plot["name"], "central": plot["central"], "slots": slots, "lexicon": lexicon,
-            "endings": list(endings.values()), "running": running, "slot_words": slot_words}
+            "endings": list(endings.values()), "running": running, "slot_words": slot_words,
+            "shared_words": shared_words}
 
 
 def classes_of(lexicon, kind, where):
@@ -345,7 +347,8 @@ def compose(plots, rng, held_out=False, like=None):
         once = [s for s in sentences(text) if text.count(s) == 1 and s.count("“") == s.count("”")]
         if (STORY_CHARS[0] <= len(text) <= STORY_CHARS[1] and SUMMARY_CHARS[0] <= len(summary) <= SUMMARY_CHARS[1]
                 and summary not in text and once and recurs(text, plot, values)):
-            pair = held_out_pair(words if held_out else plot["slot_words"], text)
+            # of words that every plot knows, so that every plot keeps them apart
+            pair = held_out_pair(set(plot["shared_words"]) & set(words) if held_out else plot["slot_words"], text)
             if bool(pair) == held_out:
                 break
     else:
