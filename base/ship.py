@@ -33,13 +33,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         model, tokenizer = load_model(args.run)
-        tokens = args.run / "tokens" / "train.bin"
+        file = args.run / "tokens" / "train.bin"
+        tokens = np.fromfile(file, np.uint16)
         held_out = [record["text"] for record in generate.stories(100, 99, held_out=True)]
         corpus = {
             "version": generate.VERSION, "texts": pretrain.BUILTIN_TEXTS, "seed": pretrain.BUILTIN_SEED,
-            "tokens": len(np.memmap(tokens, np.uint16, mode="r")),
-            "characters": sum(map(len, books.texts(pretrain.BUILTIN_TEXTS, pretrain.BUILTIN_SEED))),
-            "sha256_of_token_file": hashlib.sha256(tokens.read_bytes()).hexdigest(),
+            "tokens": len(tokens),
+            "characters": sum(len(tokenizer.decode(part.tolist())) for part in np.array_split(tokens, 1000)),
+            "sha256_of_token_file": hashlib.sha256(file.read_bytes()).hexdigest(),
             "sha256_of_first_1000_texts": sha256(books.texts(1000, pretrain.BUILTIN_SEED)),
             "sha256_of_heldout_stories": sha256(held_out),
         }
