@@ -142,8 +142,9 @@ def labelled(n, seed):
     return [record["text"] for record, _ in made], labels, [what["plot"]["name"] for _, what in made]
 
 
-def train(n=STORIES, seed=SEED, progress=False):
-    """Train on n built-in stories -> the state of a `Detector`: plain dicts, tensors and numbers."""
+def train(progress=False):
+    """Train on built-in stories -> the state of a `Detector`: plain dicts, tensors and numbers."""
+    n, seed = STORIES, SEED
     texts, labels, plots = labelled(n, seed)
     grams = [buckets(text) for text in texts]
     scores = held_out_scores(grams, labels, plots, seed, progress)
@@ -153,9 +154,10 @@ def train(n=STORIES, seed=SEED, progress=False):
                            for i, name in enumerate(NAMES)}}
 
 
-def detector(path=CACHE, progress=False):
+def detector(progress=False):
     """The cached classifier, trained now if there is none for this corpus yet. Raises ValueError for a broken file."""
     from data.generate import LANGUAGE
+    path = CACHE
     files = [LANGUAGE / "lexicon.toml", *sorted((LANGUAGE / "plots").glob("*.toml"))]
     corpus = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     state = None

@@ -59,7 +59,6 @@ def test_only_what_is_good_enough_is_told():
 
 
 def test_the_cache_is_used_and_made_anew_for_another_corpus(tmp_path, monkeypatch, capsys, refused):
-    monkeypatch.setattr(features, "STORIES", 0)
     trained = []
 
     def train(progress):
@@ -68,14 +67,13 @@ def test_the_cache_is_used_and_made_anew_for_another_corpus(tmp_path, monkeypatc
                 "weights": features.Classifier().state_dict()}
     monkeypatch.setattr(features, "train", train)
     path = tmp_path / "new" / "features.pt"
+    monkeypatch.setattr(features, "CACHE", path)
     for _ in range(2):
-        features.detector(path)
+        features.detector()
     assert len(trained) == 1
     torch.save(torch.load(path, weights_only=True) | {"corpus": "another"}, path)
-    features.detector(path)
+    features.detector()
     assert len(trained) == 2
-    monkeypatch.setattr(features, "CACHE", path)
-    monkeypatch.setattr(features.detector, "__defaults__", (path, False))
     features.main([])
     assert "坏结局   AUC 1.000" in capsys.readouterr().out
     path.write_bytes(b"not a cache")
@@ -83,8 +81,8 @@ def test_the_cache_is_used_and_made_anew_for_another_corpus(tmp_path, monkeypatc
 
 
 def test_trained_on_the_built_in_stories_it_judges_unseen_plots_and_says_how_well():
-    state = features.train(n=1500)
+    state = features.train()
     assert set(state["auc"]) == set(NAMES) and state["auc"]["坏结局"] > 0.9
     json.dumps(state["auc"])
-    again = features.train(n=1500)
+    again = features.train()
     assert again["auc"] == state["auc"] and torch.equal(again["weights"]["bias"], state["weights"]["bias"])
