@@ -345,7 +345,7 @@ def test_a_helper_who_is_named_is_named_three_times(tmp_path, capsys):
 
 def test_held_out_word_pairs_occur_in_no_training_story():
     told = [record["text"] for record in generate.stories(5000, 1)]
-    held_out = list(generate.stories(100, 99, held_out=True))
+    held_out = list(generate.stories(150, 99, held_out=True))  # some endings have no such pair: they are passed over
     for record in held_out:
         assert len(record["words"]) == 2 and all(word in record["text"] for word in record["words"])
         assert not [text for text in told if all(word in text for word in record["words"])]
