@@ -101,7 +101,8 @@ def builtin_rows():
     """The handwritten instructions, and those of generated stories, which have the story too."""
     from data.generate import instructions, stories
     made = instructions(list(stories(BUILTIN, BUILTIN_SEED, held_out=True)), BUILTIN_SEED)
-    return read_rows(HANDWRITTEN) + [{"constraints": r["constraints"], "story": r["output"]} for r in made]
+    return ([row | {"source": "handwritten"} for row in read_rows(HANDWRITTEN)]
+            + [{"constraints": r["constraints"], "story": r["output"], "source": "generated"} for r in made])
 
 
 def builtin_training():
@@ -317,12 +318,15 @@ def evaluate(model, tokenizer, rows, base=None, plain=(), training=(), samples=2
     model.eval()
     quiet = None if progress else True
     told, eos_rate = write_stories(model, tokenizer, instructions, samples, seed, sampling, quiet)
-    result, floor = obedience(rows, told, seed, detect), None
+    result, floor = obedience(rows, told, seed, detect) | {"by_source": {}}, None
     if base is not None:
         base.eval()
         written, _ = write_stories(base, tokenizer, instructions, samples, seed, sampling, quiet)
         floor = obedience(rows, written, seed, detect)
     stories = [story for some in told for story in some]
+    for source in sorted({row["source"] for row in rows if "source" in row}):
+        part = [i for i, row in enumerate(rows) if row["source"] == source]
+        result["by_source"][source] = obedience([rows[i] for i in part], [told[i] for i in part], seed, detect)
     result |= {
         "order_spread": order_spread(model, tokenizer, rows, seed, sampling, detect),
         "plain_nll": plain_loss(model, tokenizer, plain),
@@ -360,6 +364,10 @@ def table(result):
             lines.append(title + " " * (20 - sum(2 if ord(c) > 255 else 1 for c in title))
                          + f"{result[section][name]['n']:5}" + "".join(cell(c.get(section), name) for c in columns)
                          + (f"{independent:16.1%}" if independent is not None else ""))
+    for source, part in result["by_source"].items():
+        for section, label in (("by_kind", "{}"), ("satisfied", "all of {}")):
+            lines += [f"{source + ',':<13}{label.format(name)}  n {found['n']}{cell(part[section], name)}"
+                      for name, found in part[section].items()]
     aucs = "   ".join(f"{name} {value:.3f}" for name, value in result["feature_auc"].items())
     lines.append(f"AUC of the features' classifier, plots unseen: {aucs or '–'}")
     lines.append(f"features that cannot be checked (no rule, AUC below {features.CHECKABLE}): "
@@ -401,7 +409,8 @@ def parse_args(argv=None):
     parser.error = fail
     parser.add_argument("--ckpt", type=Path, help="model directory (default: out/sft, else the base model)")
     parser.add_argument("--adapter", type=Path, help="LoRA adapter directory, put on --ckpt (default there: the base)")
-    parser.add_argument("--base", type=Path, help="the untuned model (default: the base model)")
+    parser.add_argument("--base", type=Path, help="the untuned model (default: the base that ships, if it has --ckpt's "
+                                                  "tokenizer)")
     parser.add_argument("--data", type=Path, help="instruction records (default: handwritten and generated ones)")
     parser.add_argument("--train-data", type=Path, help="stories that the model was trained on, for memorisation "
                                                         "(default: the built-in ones)")
@@ -434,7 +443,9 @@ def main(argv=None):
             base, base_tokenizer = load_model(base_dir)
             base.to(device, torch.float32)
             if base_tokenizer.files["tokenizer.model"] != tokenizer.files["tokenizer.model"]:
-                raise ValueError(f"--base {base_dir}: its tokenizer is not that of {ckpt}")
+                if args.base:
+                    raise ValueError(f"--base {base_dir}: its tokenizer is not that of {ckpt}")
+                base = None  # a model of another family: no floor, unless --base names its own
         detect = features.detector(progress=True)
         rows = read_rows(args.data, ["对话", *detect.checkable()]) if args.data else builtin_rows()
         training = read_stories(args.train_data) if args.train_data else builtin_training()

@@ -106,7 +106,7 @@ def held_out_scores(grams, labels, plots, seed, progress=False):
     fold = {name: i % FOLDS for i, name in enumerate(names)}
     fold = torch.tensor([fold[name] for name in plots])
     scores = torch.zeros(len(grams), len(NAMES))
-    for k in tqdm(range(FOLDS), unit="fold", disable=not progress):
+    for k in tqdm(range(FOLDS), unit="fold", disable=None if progress else True):  # None: on a terminal only
         known, unseen = (fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]
         model = fit([grams[i] for i in known], labels[known], seed)
         with torch.no_grad():
