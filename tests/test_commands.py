@@ -153,7 +153,7 @@ def test_files_of_prompts(say, tok, tmp_path, content):
     say("--file", path, "--out", out, "--temperature", "0", "--ckpt", model)
     rows = [json.loads(line) for line in open(out, encoding="utf-8")]
     assert [r["instruction"] for r in rows] == ["词汇：铲子，草地\n特点：对话", "摘要：一只猫"]
-    assert set(rows[0]["met"]) == {"词汇", "特点"} and "\\u" not in out.read_text(encoding="utf-8")
+    assert set(rows[0]["met"]) == {"词汇", "特点"} and "铲子" in out.read_text(encoding="utf-8")
     told = [("词汇：猫，狗\n特点：对话，转折", "猫和狗。"), ("词汇：猫，狗", "猫。"), ("摘要：猫", "")]
     assert sample.tally(told) == "词汇 1/2, each word 3/4, 特点 0/1"
     assert rows[0]["output"] != rows[1]["output"]
