@@ -2,6 +2,7 @@
 import hashlib
 import importlib.util
 import json
+import re
 from itertools import islice
 
 import pytest
@@ -57,10 +58,14 @@ def test_a_word_has_the_same_pieces_in_a_prompt_and_in_a_story():
     assert same / of > 0.9
 
 
-def test_the_card_prints_losses_and_samples(capsys, model_dir):
+def test_the_card_prints_losses_and_samples(capsys, monkeypatch):
     spec = importlib.util.spec_from_file_location("card", BASE / "card.py")
     card = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(card)
-    card.main(["--ckpt", str(model_dir)])
+    monkeypatch.setattr(card, "texts", lambda: {"ours": [r["text"] for r in generate.stories(20, card.SEED)]})
+    card.main([])
     out = capsys.readouterr().out
-    assert "authored stories that are held out" in out and out.count("\n> ") >= 10
+    loss, tokens, bits = (float(cell) for cell in out.split("ours (20 fit into the context) |")[1].split("|")[:3])
+    assert loss < 0.5 and bits == pytest.approx(loss * tokens / 0.6931, abs=2e-3) and out.count("\n> ") >= 10
+    first, again = (float(x) for x in re.findall(r"([\d.]+) where they", out))
+    assert again < 1 < 3 < first  # it copies

@@ -234,7 +234,7 @@ def failure(capsys, *argv):
     ("plots/lost.toml", 'name = "lost"', 'name = "lost', "lost.toml"),
     ("plots/lost.toml", 'name = "nook"', 'name = "bag"', "ending 2: duplicate ending name 'bag'"),
     ("plots/lost.toml", 'only = ["nook", "bird"]', 'only = ["nock"]', "beat 2: unknown ending 'nock'"),
-    ("plots/lost.toml", "optional = true", 'optional = "yes"', "field 'optional' is not a bool"),
+    ("plots/lost.toml", "\noptional = true", '\noptional = "yes"', "field 'optional' is not a bool"),
     ("plots/lost.toml", "\n[slots]", '\n[class.thing]\nwords = "帽子"\n[slots]', "[thing]: duplicate class name"),
     ("plots/lost.toml", "\n[slots]", '\n[class.cap]\nword = "帽子"\n[slots]', "[cap]: field 'words' is missing"),
     ("plots/lost.toml", 'thing = "thing"', 'thing = "scene"', "slot 'thing': unknown class 'scene'"),
