@@ -201,6 +201,15 @@ def test_a_bad_row_is_named(record, says, model_dir, tmp_path, refused):
     refused(evaluate.main, ["--ckpt", model_dir, "--data", path], "row 2", says)
 
 
+def test_a_row_of_features_that_the_classifier_cannot_tell_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"instruction": "特点：对话，转折"}) + "\n" + json.dumps({"instruction": "特点：转折"}),
+                    encoding="utf-8")
+    assert len(read_rows(path)) == 2 and len(read_rows(path, ["对话", "转折"])) == 2
+    with pytest.raises(ValueError, match="row 2: no constraint that can be checked"):
+        read_rows(path, ["对话"])
+
+
 def test_a_prompt_without_room_and_a_base_of_another_tokenizer_are_refused(model_dir, tmp_path, refused):
     path, out = tmp_path / "rows.jsonl", tmp_path / "out"
     path.write_text(json.dumps({"instruction": "摘要：" + "小猫在河边捡到一个皮球，" * 40}), encoding="utf-8")
