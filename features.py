@@ -27,7 +27,8 @@ CHECKABLE = 0.9
 STORIES, SEED = 8_000, 97  # the labelled stories: of a seed that nothing else is trained on
 LENGTHS = (1, 2, 3, 4)      # of the n-grams
 ENDING = 60                 # characters: how a story ends is told apart from what it says on the way
-BUCKETS = 1 << 16
+BITS = 16                   # of a bucket's number
+BUCKETS = 1 << BITS
 FOLDS = 5
 CACHE = Path("out/features.pt")
 
@@ -46,12 +47,13 @@ def buckets(text):
     for part, salt in ((text, 0), (text[-ENDING:], 1)):
         for n in LENGTHS:
             mixed = (gram_hashes([part], n)[0] + np.uint64(2 * n + salt)) * np.uint64(0xD6E8FEB86659FD93)
-            found.append(mixed >> np.uint64(64 - 16))
+            found.append(mixed >> np.uint64(64 - BITS))
     return torch.from_numpy(np.unique(np.concatenate(found)).astype(np.int64))
 
 
 class Classifier(nn.Module):
-    """A list of bucket arrays -> logits (B, len(NAMES)): the mean weight of a story's n-grams, plus a bias."""
+    """A list of bucket arrays -> logits (B, len(NAMES)): the sum of the weights of a story's n-grams, over the root
+    of their number, plus a bias."""
 
     def __init__(self):
         super().__init__()
@@ -160,7 +162,6 @@ def detector(progress=False):
     path = CACHE
     files = [LANGUAGE / "lexicon.toml", *sorted((LANGUAGE / "plots").glob("*.toml"))]
     corpus = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    state = None
     if path.is_file():
         try:
             state = torch.load(path, weights_only=True)

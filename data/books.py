@@ -55,7 +55,9 @@ def recitation(forms, words, sentences, rng):
 def texts(n, seed):
     """Yield n texts, made one by one. Raises ValueError for bad language files."""
     _, plots = generate.load()
-    forms = generate.read_toml(generate.LANGUAGE / "books.toml")
+    path = generate.LANGUAGE / "books.toml"
+    forms = generate.read_toml(path)
+    generate.check(forms, path, dict.fromkeys(("title", "new_words", "retold", "next_story", "again"), list), {})
     words = sorted({entry["word"] for plot in plots for table in plot["lexicon"].values()
                     if table.get("pos") and not table.get("in_text") for entry in table["entries"]})
     rng = random.Random(f"books-{seed}")
@@ -82,7 +84,7 @@ def main(argv=None):
     parser.add_argument("--out", default="out/data/books.jsonl", help="JSONL records with a text; overwritten")
     args = parser.parse_args(argv)
     try:
-        told = tqdm(texts(args.n, args.seed), total=args.n, unit="text")
+        told = tqdm(texts(args.n, args.seed), total=args.n, unit="text", disable=None)
         generate.write_jsonl(({"text": text} for text in told), args.out)
     except (ValueError, OSError) as error:
         print(f"books.py: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The built-in corpus as published: the authored stories, the books of pretraining, what data/stats.py measures."""
 import re
+import shutil
 from itertools import combinations
 
 import pytest
@@ -65,6 +66,15 @@ def test_books_command(tmp_path, capsys):
     books.main(["--n", "5", "--seed", "2", "--out", str(tmp_path / "b.jsonl")])
     from dataset import read_stories
     assert read_stories(tmp_path / "b.jsonl") == list(books.texts(5, 2))
+
+
+def test_books_without_a_field_are_one_line(tmp_path, monkeypatch, refused):
+    shutil.copytree(generate.LANGUAGE, tmp_path / "data")
+    path = tmp_path / "data" / "books.toml"
+    path.write_text(path.read_text(encoding="utf-8").replace("again =", "agian ="), encoding="utf-8")
+    monkeypatch.setattr(generate, "LANGUAGE", tmp_path / "data")
+    refused(books.main, ["--n", "2", "--out", tmp_path / "b.jsonl"], path, "again")
+    assert not (tmp_path / "b.jsonl").exists()
 
 
 # ---- what is measured ----
