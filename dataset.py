@@ -1,103 +1,13 @@
-"""From records to tensors: the prompt template, the one encoder, the batches.
-
-An instruction record is {"instruction": …, "input": …, "output": …} (Alpaca), a story record {"text": …}. Both come as
-JSONL or as a JSON list. Every error names the file and the row.
-"""
-import codecs
+"""From records to tensors: the prompt template, the one encoder, the batches."""
 import hashlib
-import json
-from itertools import groupby
 
 import numpy as np
 import torch
 
-from constraints import fold, normalize
+from constraints import normalize
 from model import IGNORE
 
 PROMPT = "Instruct: {}\nOutput:"  # the story follows at once, then EOS (the style of Phi-2)
-
-
-BOM = codecs.BOM_UTF8
-
-
-# ---- reading ----
-
-def read_records(path):
-    """Yield (row number, record) of a JSONL file or a JSON list. Rows count from 1; in JSONL they are lines."""
-    with open(path, "rb") as f:
-        head = f.read(4096).removeprefix(BOM).lstrip()[:1]
-        f.seek(0)
-        if head == b"[":
-            yield from enumerate(_json(path, f.read(), 0, "the list"), 1)
-            return
-        offset = 0
-        for row, line in enumerate(f, 1):
-            if line.strip(b" \t\r\n" + BOM):
-                yield row, _json(path, line, offset, f"row {row}")
-            offset += len(line)
-
-
-def _json(path, data, offset, what):
-    try:
-        return json.loads(data.decode("utf-8-sig"))  # -sig: a byte order mark, if there is one, is no part of it
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: {what} is not UTF-8 (byte {offset + e.start} of the file)") from None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: {what} is not JSON ({e.msg} at line {e.lineno}, column {e.colno})") from None
-    except RecursionError:
-        raise ValueError(f"{path}: {what} is nested too deeply") from None
-
-
-def text_field(path, row, record, names, required=True):
-    """The first of the fields `names` that the record has, stripped. Raises ValueError naming file and row."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: row {row} is {type(record).__name__}, not an object")
-    name = next((n for n in names if n in record), None)
-    if name is None and required:
-        raise ValueError(f"{path}: row {row} has no {names[0]!r}")
-    value = record[name] if name else ""
-    if not isinstance(value, str):
-        raise ValueError(f"{path}: row {row}: {name!r} is {type(value).__name__}, not a string")
-    if required and not value.strip():
-        raise ValueError(f"{path}: row {row}: {name!r} is empty")
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError(f"{path}: row {row}: {name!r} holds half of a surrogate pair, which is no character")
-    return value.strip()
-
-
-def read_instructions(path):
-    """-> list of (instruction, output); the instruction is `instruction`, a newline and `input`, if there is one."""
-    pairs = []
-    for row, record in read_records(path):
-        output = text_field(path, row, record, ["output"])
-        parts = [text_field(path, row, record, [name], required=False) for name in ("instruction", "input")]
-        pairs.append(("\n".join(filter(None, parts)), output))
-    if not pairs:
-        raise ValueError(f"{path}: no rows")
-    return pairs
-
-
-def read_stories(path):
-    """-> list of texts, from the field `text` (or `story_zh`)."""
-    texts = [text_field(path, row, record, ["text", "story_zh"]) for row, record in read_records(path)]
-    if not texts:
-        raise ValueError(f"{path}: no rows")
-    return texts
-
-
-def split_by_story(items, val_fraction, story=lambda item: item):
-    """-> (train, val). All items of one story fall on the same side, whatever their order or number: the side is
-    decided by a hash of the story's normalized text. At least one story is validation if val_fraction > 0."""
-    def place(item):  # uniform in [0, 1)
-        return int.from_bytes(hashlib.sha256(fold(story(item)).encode()).digest()[:8], "big") / 2**64
-
-    places = [place(item) for item in items]
-    threshold = max(val_fraction, np.nextafter(min(places), 1)) if val_fraction > 0 else 0
-    train = [item for item, p in zip(items, places) if p >= threshold]
-    val = [item for item, p in zip(items, places) if p < threshold]
-    if not train:
-        raise ValueError(f"--val-fraction {val_fraction} leaves no story to train on")
-    return train, val
 
 
 # ---- encoding ----
@@ -229,13 +139,3 @@ class TokenBatches:
         """At most so many windows, evenly spread: [(x, y)]."""
         starts = np.linspace(0, self.windows - 1, min(most, self.windows)).astype(np.int64) * self.block_size
         return [self.windows_at(starts[i:i + self.batch_size]) for i in range(0, len(starts), self.batch_size)]
-
-
-def read_blocks(path):
-    """A text file with blocks separated by blank lines -> list of blocks. (Prompts for sample.py.)"""
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            lines = f.read().split("\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8") from None
-    return ["\n".join(group) for blank, group in groupby(lines, lambda line: not line.strip()) if not blank]

@@ -38,9 +38,10 @@ from constraints import (
     rouge_l,
     tells,
 )
-from dataset import by_length, read_records, read_stories, text_field
+from dataset import by_length
 from features import gram_hashes
 from model import IGNORE
+from records import read_records, read_stories, text_field
 from sample import continue_all, encode, fail, find_model, pick_device
 
 HANDWRITTEN = Path(__file__).parent / "data" / "eval_instructions.jsonl"

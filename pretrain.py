@@ -13,8 +13,9 @@ from tqdm import tqdm
 import tokenizer as tokenizers
 from checkpoint import fits, load_last, load_model
 from constraints import KEYS
-from dataset import PROMPT, TokenBatches, read_stories, split_by_story
+from dataset import PROMPT, TokenBatches
 from model import GPT, PRESETS
+from records import read_stories, split_by_story
 from sample import fail, pick_device
 from train_sft import check_out, data_files, parse, positive, train, training_parser
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 import lora
 from checkpoint import find_base, load_model, write_atomic
 from constraints import LIST_KEYS, WORDS, check, parse
-from dataset import encode_prompt, read_blocks, read_records, text_field
+from dataset import encode_prompt
+from records import read_blocks, read_records, text_field
 
 # The study's test cases: shown, never trained on.
 TWO_WORDS = "词汇：铲子，草地"

@@ -15,8 +15,9 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model, write_atomic
-from dataset import PairBatches, by_length, encode_pairs, read_instructions, split_by_story
+from dataset import PairBatches, by_length, encode_pairs
 from model import IGNORE
+from records import read_instructions, split_by_story
 from sample import fail, pick_device, pick_dtype, tell_cases
 
 

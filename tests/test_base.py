@@ -11,8 +11,8 @@ from conftest import ROOT
 import pretrain
 from checkpoint import find_base, gpt_config, load_model
 from data import books, generate
-from dataset import read_stories
 from model import PRESETS
+from records import read_stories
 
 BASE = ROOT / "base"
 

@@ -64,7 +64,7 @@ def test_what_books_are_made_of():
 
 def test_books_command(tmp_path, capsys):
     books.main(["--n", "5", "--seed", "2", "--out", str(tmp_path / "b.jsonl")])
-    from dataset import read_stories
+    from records import read_stories
     assert read_stories(tmp_path / "b.jsonl") == list(books.texts(5, 2))
 
 

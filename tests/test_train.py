@@ -125,7 +125,7 @@ def test_the_run_directory(straight, model_dir):
 
 
 def test_the_logged_losses_are_true(straight, model_dir, pairs_file, tok):
-    from dataset import read_instructions, split_by_story
+    from records import read_instructions, split_by_story
     train, val = split_by_story(read_instructions(pairs_file), 0.1, story=lambda pair: pair[1])
     model, _ = load_model(model_dir)
 
