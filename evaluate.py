@@ -20,6 +20,7 @@ import torch
 import features
 import lora
 from checkpoint import find_base, load_model, write_atomic
+from cli import fail
 from constraints import (
     FEATURE,
     FEATURES,
@@ -42,7 +43,7 @@ from dataset import by_length
 from features import gram_hashes
 from model import IGNORE
 from records import read_records, read_stories, text_field
-from sample import continue_all, encode, fail, find_model, pick_device
+from sample import continue_all, encode, find_model, pick_device
 
 HANDWRITTEN = Path(__file__).parent / "data" / "eval_instructions.jsonl"
 BUILTIN, BUILTIN_SEED = 100, 99  # instructions of generated stories that stand beside the handwritten ones
@@ -78,7 +79,7 @@ def read_rows(path, checkable=FEATURES):
                 raise ValueError(f"{where}: {key} is not a {'list of strings' if key in LIST_KEYS else 'string'}")
         for line in NEWLINE.split("\n".join(parts)) if not given else ():
             name = KEY_LIKE.match(line)
-            if name and name[1].lower() not in KEY_OF:
+            if name and KEY_OF.get(name[1].lower()) not in KEYS:
                 raise ValueError(f"{where}: unknown constraint {name[1]!r} (known: {'，'.join(KEYS)})")
         # one reading for both: what the prompt says is what is checked
         asked = {"constraints": render(given) if given else "\n".join(filter(None, parts))}

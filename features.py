@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import write_atomic
+from cli import fail
 from constraints import FEATURES
-from sample import fail
 
 NAMES = [name for name in FEATURES if name != "对话"]  # 对话 is seen by a rule, see constraints.py
 CHECKABLE = 0.9

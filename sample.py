@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import lora
 from checkpoint import find_base, load_model, write_atomic
+from cli import fail
 from constraints import LIST_KEYS, WORDS, check, parse
 from dataset import encode_prompt
 from records import read_blocks, read_records, text_field
@@ -39,12 +40,6 @@ CASES = [
     ("instruction", f"{TWO_WORDS}\n{CLOUDS}\n{ANT}", COMBINED),
 ]
 BATCH = 64  # prompts of a file that are continued at once
-
-
-def fail(message):
-    """What a user can mend: one clear line, exit code 2, no traceback."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def pick_device(name):

@@ -15,10 +15,11 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model, write_atomic
+from cli import fail, fraction, not_negative, positive
 from dataset import PairBatches, by_length, encode_pairs
 from model import IGNORE
 from records import read_instructions, split_by_story
-from sample import fail, pick_device, pick_dtype, tell_cases
+from sample import pick_device, pick_dtype, tell_cases
 
 
 def get_lr(step, total, warmup, lr, min_lr, decay_rate=1.0):
@@ -222,31 +223,6 @@ def plot(out):
 # ---- the command line ----
 
 ONCE = ("resume", "overwrite")  # flags of one call, not settings of the run
-
-
-def positive(kind):
-    def parse(text):
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return value
-    return parse
-
-
-def not_negative(kind):
-    def parse(text):
-        value = kind(text)
-        if not 0 <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is below 0")
-        return value
-    return parse
-
-
-def fraction(text):
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is outside [0, 1)")
-    return value
 
 
 def training_parser(description):

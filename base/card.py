@@ -19,10 +19,10 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from checkpoint import load_model  # noqa: E402
+from cli import fail  # noqa: E402
 from data import generate  # noqa: E402
 from evaluate import plain_loss  # noqa: E402
 from records import read_stories  # noqa: E402
-from sample import fail  # noqa: E402
 
 SEED = 98  # of stories that nothing is trained on
 SAMPLES = {"temperature": 0.8, "top_p": 1.0, "seed": 1}

@@ -17,8 +17,8 @@ import torch  # noqa: E402
 
 import pretrain  # noqa: E402
 from checkpoint import load_model, save_model, write_atomic  # noqa: E402
+from cli import fail  # noqa: E402
 from data import books, generate  # noqa: E402
-from sample import fail  # noqa: E402
 
 
 def sha256(texts):
