@@ -43,7 +43,7 @@ from constraints import (
     permutations,
     render,
 )
-from records import LONGEST, PIECE, RowError, not_utf8, scan_stream, story_hash, text_field
+from records import BOM, LONGEST, PIECE, UTF16, RowError, not_utf8, scan_stream, story_hash, text_field
 
 BATCH = 512  # records that a worker takes at once
 SMALL = 20 << 20  # bytes of input that are not worth the start of worker processes
@@ -108,7 +108,8 @@ def make_record(constraints, story, settings, counts):
     if settings.extract:
         constraints, candidates = extract(constraints, story, settings)
     if not constraints:
-        raise ValueError("no constraints" if settings.extract else "no constraints (--extract makes them of the story)")
+        raise ValueError("no constraints" + (f" ({'; '.join(counts)})" if counts else
+                                             "" if settings.extract else " (--extract makes them of the story)"))
     return constraints, story, candidates
 
 
@@ -220,7 +221,8 @@ def choose_words(story, candidates, df, stories, rng):
 
 def read_rows(f, path):
     """Yield (row, record, bytes or RowError): of JSON by records.scan; of text the blocks that <|endoftext|> closes."""
-    if any(line.lstrip().startswith((b"{", b"[")) for line in f.peek(PIECE).removeprefix(b"\xef\xbb\xbf").split(b"\n")):
+    head = f.peek(PIECE).removeprefix(BOM)
+    if head.startswith(UTF16) or any(line.lstrip().startswith((b"{", b"[")) for line in head.split(b"\n")):
         yield from scan_stream(f, path)
         return
     offset, row, rest = 0, 0, b""
@@ -254,7 +256,7 @@ def parse_batch(batch):
     made = SimpleNamespace(path=path, rows=len(rows), spool=[], hashes=[], kinds=[], bands=[], rejected=[], error=None,
                            counts=Counter(), preambles=Counter(), df=Counter())
     for row, record in rows:
-        raw = record
+        raw, changed = record, Counter()
         try:
             if isinstance(record, RowError):
                 raw = record.raw
@@ -266,7 +268,7 @@ def parse_batch(batch):
                 except UnicodeDecodeError as e:
                     raise ValueError(not_utf8(f"{path}: row {row}", raw, offset + e.start)) from None
             constraints, preamble, story, story_id = read_row(path, row, record)
-            constraints, story, candidates = make_record(constraints, story, settings, made.counts)
+            constraints, story, candidates = make_record(constraints, story, settings, changed)
         except (ValueError, RecursionError) as e:
             reason = str(e).removeprefix(f"{path}: row {row}").lstrip(": ")
             made.error = made.error or f"{path}: row {row}: {reason}"
@@ -274,6 +276,7 @@ def parse_batch(batch):
             raw = raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False)
             made.rejected.append({"file": str(path), "row": row, "reason": reason, "raw": raw[:2000]})
             continue
+        made.counts.update(changed)
         if preamble:
             made.preambles[preamble[:80]] += 1
         if candidates is not None:
@@ -327,7 +330,7 @@ def near_duplicates(bands, story_of):
         return shingles(fold(story_of(i)))
 
     seen = set()
-    for band in tqdm(bands.T, desc="near-duplicates", unit="band", dynamic_ncols=True):
+    for band in tqdm(bands.T, desc="near-duplicates", unit="band", dynamic_ncols=True, disable=None):
         order = np.argsort(band, kind="stable")
         same = band[order[1:]] == band[order[:-1]]
         for run in np.split(order, np.flatnonzero(~same) + 1):
@@ -466,7 +469,7 @@ def make(args, aliases, sizes, work):
 
     def batches():
         seen = 0
-        with tqdm(total=size, desc="reading", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        with tqdm(total=size, desc="reading", unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
             for path in args.files:
                 before = bar.n
                 with open(path, "rb", buffering=1 << 16) as f:
@@ -517,7 +520,7 @@ def make(args, aliases, sizes, work):
     values |= {"df": totals.df, "stories": len(hashes)}
     with (workers(size, values, aliases, tokenizer) as run, open(work / "spool", "rb") as spool,
           open(work / "train.jsonl", "wb") as train_file, open(work / "val.jsonl", "wb") as val_file,
-          tqdm(total=len(hashes), desc="writing", unit="record", dynamic_ncols=True) as bar):
+          tqdm(total=len(hashes), desc="writing", unit="record", dynamic_ncols=True, disable=None) as bar):
         spooled = ((list(islice(spool, BATCH)), rows[i:i + BATCH].tolist(), val[i:i + BATCH].tolist())
                    for i in range(0, len(hashes), BATCH))
         for train_lines, val_lines in run(write_batch, spooled):

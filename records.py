@@ -14,6 +14,7 @@ import numpy as np
 from constraints import fold
 
 BOM = codecs.BOM_UTF8
+UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 HEAD = 1 << 16        # bytes that tell what kind of file it is
 PIECE = 1 << 20       # bytes read at once
 LONGEST = 16 << 20    # bytes of one row; a file that is no JSONL must not end up in memory as one
@@ -42,7 +43,7 @@ def scan(path):
 def scan_stream(f, name):
     """The same for a binary stream, of which messages speak as `name`."""
     head = f.read(HEAD)
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if head.startswith(UTF16):
         raise ValueError(f"{name}: not UTF-8 (byte 0 of the file) but UTF-16; iconv -f utf-16 -t utf-8 converts it")
     start = head.removeprefix(BOM).lstrip()
     if start[:1] == b"[":
