@@ -159,13 +159,16 @@ def permutations(constraints):
         yield {key: constraints[key] for key in order}
 
 
-def vary(constraints, rng, shuffle=True, drop=0.0):
-    """The same constraints in a random order, each left out with probability `drop`; at least one stays."""
-    keys = list(constraints)
-    kept = [key for key in keys if rng.random() >= drop] or [rng.choice(keys)]
+def vary(text, rng, shuffle, drop):
+    """An instruction -> the same with its constraints in a random order (shuffle: True), each of them left out with
+    probability `drop`; at least one stays."""
+    constraints, preamble = parse(text)
+    if not constraints:
+        return text
+    kept = [key for key in constraints if rng.random() >= drop] or [rng.choice(list(constraints))]
     if shuffle:
         rng.shuffle(kept)
-    return {key: constraints[key] for key in kept}
+    return "\n".join(filter(None, [preamble, render({key: constraints[key] for key in kept})]))
 
 
 # ---- does this story meet it? ----

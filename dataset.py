@@ -1,10 +1,11 @@
 """From records to tensors: the prompt template, the one encoder, the batches."""
 import hashlib
+import random
 
 import numpy as np
 import torch
 
-from constraints import normalize
+from constraints import normalize, vary
 from model import IGNORE
 
 PROMPT = "Instruct: {}\nOutput:"  # the story follows at once, then EOS (the style of Phi-2)
@@ -29,6 +30,20 @@ def encode_pair(tokenizer, instruction, output, block_size):
         return None
     ids = (prompt + story)[:block_size]
     return ids, [IGNORE] * len(prompt) + ids[len(prompt):]
+
+
+def with_prompt(row, prompt):
+    """The row with another prompt, which is no longer than its own."""
+    ids, labels = row
+    own = labels.count(IGNORE)
+    return prompt + ids[own:], [IGNORE] * len(prompt) + labels[own:]
+
+
+def varied_prompts(tokenizer, instructions, shuffle, drop):
+    """-> prompt(i, rng) for PairBatches: the constraints of instruction i in random order, some left out."""
+    def prompt(i, rng):
+        return encode_prompt(tokenizer, vary(instructions[i], rng, shuffle, drop))
+    return prompt
 
 
 def encode_pairs(tokenizer, pairs, block_size, name):
@@ -76,10 +91,12 @@ class PairBatches:
     A pure function of seed and step, so a resumed run needs no sampler state. In each epoch every row comes once.
     Rows are shuffled, then bucketed: within a pool of 32 steps they are sorted by length, so that a batch holds rows
     of like length and little padding, and the steps are shuffled again.
+    prompt(i, rng) -> ids: another prompt for row i, in each epoch anew; None: its own.
     """
 
-    def __init__(self, rows, batch_size, grad_accum, seed, bucket=True):
-        self.rows, self.batch_size, self.seed, self.bucket = rows, batch_size, seed, bucket
+    def __init__(self, rows, batch_size, grad_accum, seed, bucket=True, prompt=None):
+        self.given, self.batch_size, self.seed, self.bucket, self.prompt = rows, batch_size, seed, bucket, prompt
+        self.rows = rows
         self.step_size = batch_size * grad_accum
         self.steps_per_epoch = -(-len(rows) // self.step_size)
         self.epoch, self.steps = None, []
@@ -93,10 +110,13 @@ class PairBatches:
 
     def fingerprint(self):
         """Changes with the data: a resumed run checks it."""
-        return fingerprint(np.array(ids + labels, np.int32) for ids, labels in self.rows)
+        return fingerprint(np.array(ids + labels, np.int32) for ids, labels in self.given)
 
     def _plan(self, epoch):
         rng = np.random.default_rng((self.seed, epoch))
+        if self.prompt:
+            choice = random.Random(f"{self.seed}-{epoch}")
+            self.rows = [with_prompt(row, self.prompt(i, choice)) for i, row in enumerate(self.given)]
         order = rng.permutation(len(self.rows)).tolist()
         if self.bucket:
             pool = 32 * self.step_size

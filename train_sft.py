@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model, write_atomic
 from cli import fail, fraction, not_negative, positive
-from dataset import PairBatches, by_length, encode_pairs
+from dataset import PairBatches, by_length, encode_pairs, encode_prompt, varied_prompts
 from model import IGNORE
 from records import read_instructions, split_by_story
 from sample import pick_device, pick_dtype, tell_cases
@@ -282,8 +282,18 @@ def parse(parser, argv):
     return args
 
 
+def sft_parser(description):
+    """The flags of fine-tuning, of all parameters or of adapters."""
+    parser = training_parser(description)
+    parser.add_argument("--order", choices=["as-is", "sample"], default="as-is",
+                        help="of the constraints: as they stand, or drawn anew in each epoch (default: %(default)s)")
+    parser.add_argument("--drop", type=fraction, default=0.0, help="chance of each constraint to be left out, drawn "
+                                                                   "anew in each epoch; one stays (default: 0)")
+    return parser
+
+
 def parse_args(argv=None):
-    return parse(training_parser("Fine-tune a base model on story instructions, all parameters."), argv)
+    return parse(sft_parser("Fine-tune a base model on story instructions, all parameters."), argv)
 
 
 def data_files(args):
@@ -344,7 +354,11 @@ def main(argv=None):
         pairs, val_pairs = load_pairs(args)
         rows = encode_pairs(tokenizer, pairs, args.block_size, "training")
         val_rows = encode_pairs(tokenizer, val_pairs, args.block_size, "validation")
-        batches = PairBatches(rows, args.batch_size, args.grad_accum, args.seed)
+        prompt = None
+        if args.order == "sample" or args.drop:
+            fitting = [i for i, _ in pairs if len(encode_prompt(tokenizer, i)) < args.block_size]
+            prompt = varied_prompts(tokenizer, fitting, args.order == "sample", args.drop)
+        batches = PairBatches(rows, args.batch_size, args.grad_accum, args.seed, prompt=prompt)
         if state and state["data"] != batches.fingerprint():
             raise ValueError(f"--resume: the data is not what {args.out} was trained on")
         pick_device(args.device)

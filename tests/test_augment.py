@@ -306,7 +306,8 @@ def test_labels_that_do_not_hold(tmp_path):
     assert [row["constraints"] for row in train] == [{"词汇": ["铲子"], "特点": ["转折"]},
                                                      {"随机句子": "天空中飘着几朵白云！"}]
     assert report["changed"] == {f"left out: {key} that is not in the story": 1 for key in ("词汇", "随机句子")}
-    assert rejected[0]["reason"] == "no constraints (left out: 特点 that is not in the story)" and rejected[0]["row"] == 2
+    assert [(row["row"], row["reason"]) for row in rejected] == [
+        (2, "no constraints (left out: 特点 that is not in the story)")]
     kept = run(tmp_path, tmp_path / "in", "--clean", "--keep", "labels", "--val-fraction", "0", "--permute", "1")
     assert [row["instruction"] for row in kept[0]] == [row["instruction"] for row in rows]
 

@@ -15,6 +15,7 @@ from constraints import (
     parse,
     permutations,
     render,
+    vary,
 )
 
 FULL = {"词汇": ["铲子", "草地"], "特点": ["转折", "对话"], "摘要": "小狗的名字叫点点。", "随机句子": "它说：你好！"}
@@ -123,3 +124,17 @@ def test_real_instructions_hold(real_data):
         assert preamble == "" and render(constraints) == row["instruction"]
         met = check(row["output"], constraints)
         assert all(met.get("词汇", {}).values()) and met.get("随机句子", True)
+
+
+def test_orders_and_omissions_are_drawn():
+    rng = random.Random(0)
+    text = "请写一个故事。\n" + render({"词汇": ["铲子"], "特点": ["对话"], "摘要": "小猫。", "随机句子": "天空很蓝。"})
+    seen = [vary(text, rng, True, 0.0) for _ in range(400)]
+    assert len(set(seen)) == 24 and {frozenset(t.split("\n")) for t in seen} == {frozenset(text.split("\n"))}
+    assert all(t.startswith("请写一个故事。\n") for t in seen)
+    assert {vary(text, rng, False, 0.0) for _ in range(20)} == {text}
+    fewer = [parse(vary(text, rng, False, 0.5))[0] for _ in range(4000)]
+    assert all(list(c) == [key for key in parse(text)[0] if key in c] for c in fewer)  # in the order as it is
+    sizes = [sum(len(c) == n for c in fewer) / 4000 for n in range(5)]
+    assert sizes[0] == 0 and sizes[4] == pytest.approx(1 / 16, abs=0.02) and sizes[1] == pytest.approx(5 / 16, abs=0.03)
+    assert vary("写一个故事", rng, True, 0.9) == "写一个故事"

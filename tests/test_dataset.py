@@ -12,6 +12,7 @@ from dataset import (
     encode_pair,
     encode_pairs,
     encode_prompt,
+    varied_prompts,
 )
 from model import IGNORE
 
@@ -114,3 +115,30 @@ def test_token_windows_cover_the_text_without_repeats():
 def test_fingerprints_change_with_the_data(rows):
     assert PairBatches(rows, 4, 1, 0).fingerprint() == PairBatches(list(rows), 8, 2, 1).fingerprint()
     assert PairBatches(rows, 4, 1, 0).fingerprint() != PairBatches(rows[:-1], 4, 1, 0).fingerprint()
+
+
+def test_prompts_are_drawn_anew_in_every_epoch_and_the_stories_stay(tok):
+    instruction = "词汇：铲子\n特点：对话\n摘要：小猫捡到铲子。\n随机句子：小猫在河边。"
+    pairs = [(instruction, f"小猫在河边捡到{what}。") for what in ("铲子", "皮球", "帽子", "苹果") * 4]
+    rows = encode_pairs(tok, pairs, 128, "rows")
+    prompt = varied_prompts(tok, [i for i, _ in pairs], True, 0.3)
+
+    def epoch(n, **options):
+        batches = PairBatches(rows, 4, 1, seed=1, **options)
+        return [(x.tolist(), y.tolist()) for step in range(n * 4, n * 4 + 4) for x, y in batches(step)]
+
+    first, second = epoch(0, prompt=prompt), epoch(1, prompt=prompt)
+    assert first == epoch(0, prompt=prompt) != second  # a pure function of seed and step
+    prompts = [tok.decode(x[:y.index(next(i for i in y if i != IGNORE)) + 1]) for xs, ys in first + second
+               for x, y in zip(xs, ys)]
+    assert len(set(prompts)) > 16 and all(p.startswith("Instruct: ") and p.endswith("\nOutput:") for p in prompts)
+    lines = {line for p in prompts for line in p.removeprefix("Instruct: ").removesuffix("\nOutput:").split("\n")}
+    assert lines == set(instruction.split("\n"))
+
+    def stories(batches):
+        return sorted([i for i in y if i != IGNORE] for _, ys in batches for y in ys)
+    assert stories(first) == stories(second) == stories(epoch(0))
+    varied = PairBatches(rows, 4, 1, seed=1, prompt=prompt)
+    before = varied.fingerprint()
+    varied(0)
+    assert varied.fingerprint() == before == PairBatches(rows, 4, 1, seed=1).fingerprint()  # of the data, not the draw
