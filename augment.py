@@ -213,7 +213,7 @@ def choose_words(story, candidates, df, stories, rng):
     """Two or three words out of the best by tf-idf, in random order."""
     def score(word):
         return candidates[word] * math.log(stories / (1 + df[word]))
-    best = sorted(candidates, key=lambda word: (-score(word), word))[:8]
+    best = sorted(candidates, key=lambda word: (-score(word), word))[:5]
     return rng.sample(best, min(len(best), rng.choice((2, 3, 3))))
 
 

@@ -159,11 +159,12 @@ def find_base():
 
 # ---- runs ----
 
-def save_last(out, model, tokenizer, state):
-    """Write out/last/: weights and resume state together, or neither. state: plain dicts, tensors and numbers."""
+def save_last(out, write, state):
+    """Make out/last/ of weights, which write(directory) puts there, and resume state: together, or neither.
+    state: plain dicts, tensors and numbers."""
     last, new, old = Path(out, "last"), Path(out, "last.new"), Path(out, "last.old")
     shutil.rmtree(new, ignore_errors=True)
-    save_model(new, model, tokenizer)
+    write(new)
     torch.save(state, new / STATE)
     if last.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -172,13 +173,18 @@ def save_last(out, model, tokenizer, state):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_last(out):
-    """-> (GPT, Tokenizer, state) of the newest save. Raises ValueError if there is none."""
+def find_last(out):
+    """-> (directory of the newest weights, state). Raises ValueError if there is none."""
     for last in (Path(out, "last"), Path(out, "last.old")):
         if (last / STATE).is_file():
-            model, tokenizer = load_model(last)
-            return model, tokenizer, torch.load(last / STATE, weights_only=True)
+            return last, torch.load(last / STATE, weights_only=True)
     raise ValueError(f"--resume: {Path(out, 'last', STATE)} does not exist, there is no run to go on with")
+
+
+def load_last(out):
+    """-> (GPT, Tokenizer, state) of the newest save. Raises ValueError if there is none."""
+    last, state = find_last(out)
+    return *load_model(last), state
 
 
 def write_atomic(path, write):

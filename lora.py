@@ -105,7 +105,8 @@ def save(directory, model, base="", base_fingerprints=None):
               "fan_in_fan_out": False, "inference_mode": True}
     tensors = {f"{PREFIX}{name}.{part}.weight": getattr(module, part).weight.detach().cpu().contiguous()
                for name, module in parts.items() for part in ("lora_A", "lora_B")}
-    metadata = {"format": "pt", "base": json.dumps(base_fingerprints or fingerprints(model))}
+    # one entry only: safetensors writes several in an order that changes from run to run
+    metadata = {"base": json.dumps(base_fingerprints or fingerprints(model))}
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / CONFIG, lambda p: p.write_text(json.dumps(config, indent=2), encoding="utf-8"))
     write_atomic(directory / TENSORS, lambda p: save_file(tensors, p, metadata=metadata))
@@ -152,7 +153,7 @@ def load(directory, model, scale=1.0):
             if tensor.shape != part.weight.shape:
                 raise ValueError(f"{directory}: {name}.{kind} is {tuple(tensor.shape)}, but the base model asks for "
                                  f"{tuple(part.weight.shape)}")
-            part.weight.data.copy_(tensor)
+            part.weight = nn.Parameter(tensor)  # in the precision of the file, whatever the base's
         module.scale *= scale
 
 
@@ -173,3 +174,115 @@ def merged(model):
     if tied:
         plain.lm_head.weight = plain.model.embed_tokens.weight
     return plain
+
+
+# ---- the command: python lora.py --r 8 --alpha 16, python lora.py merge ADAPTER --init DIR --out DIR ----
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS = {"attention": ATTENTION, "all-linear": [*ATTENTION, "gate_proj", "up_proj", "down_proj"],
+           "study": [*ATTENTION, "lm_head"]}
+
+
+def parse_args(argv):
+    from cli import positive
+    from model import PRESETS
+    from train_sft import fraction, parse, sft_parser
+    parser = sft_parser("Fine-tune low-rank adapters on a base model, with the loop, data and flags of train_sft.py. "
+                        "(python lora.py merge --help: an adapter and its base into one model.)")
+    flag = parser.add_argument
+    flag("--r", type=positive(int), default=8, help="rank (default: %(default)s)")
+    flag("--alpha", type=positive(float), help="what an adapter adds is multiplied by alpha / r (default: 2r)")
+    flag("--targets", default="all-linear",
+         help=f"names of Linears (q_proj,v_proj), or {', '.join(TARGETS)} (default: %(default)s)")
+    flag("--scaling", choices=["lora", "rslora"], default="lora",
+         help="rslora: alpha / sqrt(r) instead of alpha / r (default: %(default)s)")
+    flag("--dropout", type=fraction, default=0.0, help="on what goes into an adapter (default: %(default)s)")
+    flag("--dry-run", action="store_true", help="only count the parameters")
+    flag("--preset", choices=PRESETS, help="with --dry-run: of a new model of this geometry, without a base")
+    parser.set_defaults(out=Path("out/lora"))
+    return parse(parser, argv)
+
+
+def put_on(model, args):
+    """Put the adapters that args ask for on the model and tell what they are."""
+    alpha = args.alpha or 2 * args.r
+    add(model, TARGETS.get(args.targets, args.targets.split(",")), args.r,
+        int(alpha) if alpha == int(alpha) else alpha, args.scaling, args.dropout)
+    names = dict.fromkeys(name.rsplit(".", 1)[-1] for name in adapters(model))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in model.parameters())
+    print(f"adapters of rank {args.r} on {len(adapters(model))} Linears ({', '.join(names)}): "
+          f"{trainable:,} trainable parameters of {everything:,} ({trainable / everything:.2%})")
+
+
+def main(argv=None):
+    import sys
+
+    from checkpoint import find_last, load_model
+    from cli import fail
+    from model import PRESETS
+    from sample import pick_device, tell_cases
+    from train_sft import builtin_base, check_out, load_batches, train
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["merge"]:
+        return merge(argv[1:])
+    args = parse_args(argv)
+    state = None
+    try:
+        if args.preset:
+            if not args.dry_run:
+                raise ValueError("--preset is for --dry-run: adapters are trained on a trained base")
+            with torch.device("meta"):
+                return put_on(GPT(PRESETS[args.preset]), args)
+        if not args.dry_run:
+            check_out(args)
+        device = pick_device(args.device)
+        args.init = args.init or builtin_base()
+        model, tokenizer = load_model(args.init)
+        base = fingerprints(model)
+        model.float()  # adapters start in full precision; `train` chooses the one they are trained in
+        torch.manual_seed(args.seed)
+        if args.dry_run:
+            return put_on(model, args)
+        if args.resume:
+            last, state = find_last(args.out)
+            load(last, model)
+        else:
+            put_on(model, args)
+        batches, val_batches = load_batches(args, model, tokenizer, state)
+    except (ValueError, OSError) as e:
+        fail(e)
+    try:
+        train(model, lambda directory: save(directory, model, args.init, base), batches, val_batches, args, state)
+    except FloatingPointError as e:
+        raise SystemExit(f"lora.py: {e}") from None
+    model, tokenizer = load_model(args.init)
+    load(args.out, model)
+    tell_cases(model.to(device, torch.float32).eval(), tokenizer)
+
+
+def merge(argv):
+    import argparse
+
+    from checkpoint import load_model, save_model
+    from cli import fail
+    parser = argparse.ArgumentParser(prog="lora.py merge", description="An adapter and its base into one plain model.")
+    parser.error = fail
+    parser.add_argument("adapter", type=Path)
+    parser.add_argument("--init", type=Path, required=True, help="the base model that the adapter was trained on")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the merged model")
+    args = parser.parse_args(argv)
+    try:
+        if args.out.exists():
+            raise ValueError(f"--out {args.out} is there already")
+        model, tokenizer = load_model(args.init)
+        load(args.adapter, model)
+        save_model(args.out, merged(model), tokenizer)
+    except (ValueError, OSError) as e:
+        fail(e)
+    print(f"{args.adapter} merged into {args.init}: {args.out}")
+
+
+if __name__ == "__main__":
+    from lora import main
+    main()

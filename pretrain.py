@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import tokenizer as tokenizers
-from checkpoint import fits, load_last, load_model
+from checkpoint import fits, load_last, load_model, save_model
 from constraints import KEYS
 from dataset import PROMPT, TokenBatches
 from model import GPT, PRESETS
@@ -114,7 +114,7 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         fail(e)
     try:
-        train(model, tokenizer, batches, val_batches, args, state)
+        train(model, lambda directory: save_model(directory, model, tokenizer), batches, val_batches, args, state)
     except FloatingPointError as e:
         raise SystemExit(f"pretrain.py: {e}") from None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import lora
 from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model, write_atomic
 from cli import fail, fraction, not_negative, positive
 from dataset import PairBatches, by_length, encode_pairs, encode_prompt, varied_prompts
@@ -62,12 +63,14 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def train(model, tokenizer, batches, val_batches, args, state=None):
-    """Train `model` in place and keep the run directory args.out. Returns the best validation loss (None without one).
+def train(model, write, batches, val_batches, args, state=None):
+    """Train what of `model` requires a gradient, in place, and keep the run directory args.out. Returns the best
+    validation loss (None without one).
 
     batches(step) -> the micro-batches [(x, y)] of optimizer step 0, 1, …; both (B, T) int64, y IGNORE where nothing is
     supervised. val_batches: [(x, y)]. The loss is always the sum over supervised tokens / their number, over the whole
-    optimizer step, in nats per token. state: what `load_last` gives, to resume. Ctrl-C and SIGTERM save, then exit 130.
+    optimizer step, in nats per token. write(directory) saves the weights. state: what `load_last` gives, to resume.
+    Ctrl-C and SIGTERM save, then exit 130.
     Raises FloatingPointError when the loss is not finite; the last save stays.
     """
     out, device = args.out, pick_device(args.device)
@@ -111,11 +114,11 @@ def train(model, tokenizer, batches, val_batches, args, state=None):
             tqdm.write(f"step {done:5}: validation loss {loss / n:.4f}")
         if not n or best is None or loss / n < best[0]:
             best = [loss / n, done] if n else None
-            save_model(out, model, tokenizer)
+            write(out)
 
     def save():
-        save_last(out, model, tokenizer, {"step": done, "total": total, "best": best, "data": data,
-                                          "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
+        save_last(out, write, {"step": done, "total": total, "best": best, "data": data,
+                               "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
 
     print(f"{out}: {sum(p.numel() for p in params):,} trainable parameters, {total} steps, {dtype} on {device}")
     model.train()
@@ -157,11 +160,13 @@ def train(model, tokenizer, batches, val_batches, args, state=None):
 
 # ---- the run directory ----
 
+WEIGHTS_FILES = (WEIGHTS, lora.TENSORS)  # of a model, of an adapter
+
 def check_out(args):
     """Before any work: refuse an output directory that holds a run, unless told what to do with it."""
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file, not a directory")
-    holds_run = any((args.out / name).exists() for name in (WEIGHTS, "last", "log.jsonl"))
+    holds_run = any((args.out / name).exists() for name in (*WEIGHTS_FILES, "last", "log.jsonl"))
     if holds_run and not (args.resume or args.overwrite):
         raise ValueError(f"--out {args.out} already holds a run or a model: --resume goes on, --overwrite starts anew")
 
@@ -173,7 +178,7 @@ def open_run(args, done):
     if done == 0:  # --overwrite: no file of the old run may pass for one of the new
         for name in ("last", "last.old", "last.new"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in (WEIGHTS, "log.jsonl", "loss.png"):
+        for name in (*WEIGHTS_FILES, "log.jsonl", "loss.png"):
             (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ONCE}
@@ -338,39 +343,45 @@ def builtin_base():
     return base
 
 
+def load_batches(args, model, tokenizer, state):
+    """-> (batches, validation batches) of the run; fills in the settings that hang on data and model."""
+    args.epochs = args.epochs or (1.0 if args.data is None else 3.0)
+    args.block_size = args.block_size or model.config.block_size
+    if args.block_size > model.config.block_size:
+        raise ValueError(f"--block-size {args.block_size} is beyond the model's {model.config.block_size}")
+    pairs, val_pairs = load_pairs(args)
+    rows = encode_pairs(tokenizer, pairs, args.block_size, "training")
+    val_rows = encode_pairs(tokenizer, val_pairs, args.block_size, "validation")
+    prompt = None
+    if args.order == "sample" or args.drop:
+        fitting = [i for i, _ in pairs if len(encode_prompt(tokenizer, i)) < args.block_size]
+        prompt = varied_prompts(tokenizer, fitting, args.order == "sample", args.drop)
+    batches = PairBatches(rows, args.batch_size, args.grad_accum, args.seed, prompt=prompt)
+    if state and state["data"] != batches.fingerprint():
+        raise ValueError(f"--resume: the data is not what {args.out} was trained on")
+    return batches, by_length(val_rows, args.batch_size)
+
+
 def main(argv=None):
     args = parse_args(argv)
     state = None
     try:
         check_out(args)
+        device = pick_device(args.device)
         if args.resume:
             model, tokenizer, state = load_last(args.out)
         else:
             model, tokenizer = load_model(args.init or builtin_base())
-        args.epochs = args.epochs or (1.0 if args.data is None else 3.0)
-        args.block_size = args.block_size or model.config.block_size
-        if args.block_size > model.config.block_size:
-            raise ValueError(f"--block-size {args.block_size} is beyond the model's {model.config.block_size}")
-        pairs, val_pairs = load_pairs(args)
-        rows = encode_pairs(tokenizer, pairs, args.block_size, "training")
-        val_rows = encode_pairs(tokenizer, val_pairs, args.block_size, "validation")
-        prompt = None
-        if args.order == "sample" or args.drop:
-            fitting = [i for i, _ in pairs if len(encode_prompt(tokenizer, i)) < args.block_size]
-            prompt = varied_prompts(tokenizer, fitting, args.order == "sample", args.drop)
-        batches = PairBatches(rows, args.batch_size, args.grad_accum, args.seed, prompt=prompt)
-        if state and state["data"] != batches.fingerprint():
-            raise ValueError(f"--resume: the data is not what {args.out} was trained on")
-        pick_device(args.device)
+        batches, val_batches = load_batches(args, model, tokenizer, state)
     except (ValueError, OSError) as e:
         fail(e)
     torch.manual_seed(args.seed)
     try:
-        train(model, tokenizer, batches, by_length(val_rows, args.batch_size), args, state)
+        train(model, lambda directory: save_model(directory, model, tokenizer), batches, val_batches, args, state)
     except FloatingPointError as e:
         raise SystemExit(f"train_sft.py: {e}") from None
     best, tokenizer = load_model(args.out)
-    tell_cases(best.to(pick_device(args.device), torch.float32).eval(), tokenizer)
+    tell_cases(best.to(device, torch.float32).eval(), tokenizer)
 
 
 if __name__ == "__main__":

@@ -144,3 +144,129 @@ def test_sample_and_evaluate_take_an_adapter(model_dir, pairs_file, tmp_path, ca
     assert results[0]["plain_nll"] == results[0]["base_nll"] == results[1]["base_nll"] != results[1]["plain_nll"]
     refused(sample.main, ["--ckpt", model_dir, "--adapter", tmp_path, "--prompt", "x"], lora.CONFIG)
     refused(evaluate.main, ["--ckpt", model_dir, "--adapter", tmp_path], lora.CONFIG)
+
+
+# ---- training ----
+
+def test_one_step_has_the_gradients_of_peft(tok, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = adapted(study_config(tok.vocab_size), r=8, alpha=16).train()
+    save_model(tmp_path / "base", random_model(model.config), tok)
+    lora.save(tmp_path / "adapter", model, tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    y = IDX.roll(-1, 1)
+    (model(IDX, y) / y.numel()).backward()
+    torch.nn.functional.cross_entropy(theirs(IDX).logits.flatten(0, 1), y.flatten()).backward()
+    expected = {name.replace(".default", "").removeprefix(lora.PREFIX): p.grad
+                for name, p in theirs.named_parameters() if p.requires_grad}
+    ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert set(ours) == set(expected) and len(ours) == 2 * 7 * model.config.n_layer
+    for name, grad in ours.items():
+        torch.testing.assert_close(grad, expected[name], atol=1e-4, rtol=1e-3)
+        assert grad.abs().max() > 1e-4
+
+
+def settings(model_dir, pairs_file, out, *more):
+    return [str(a) for a in ("--init", model_dir, "--data", pairs_file, "--out", out, "--max-steps", "12", "--lr",
+                             "5e-3", "--batch-size", "4", "--r", "4", "--alpha", "8", "--device", "cpu", "--warmup",
+                             "2", "--eval-every", "4", "--save-every", "5", *more)]
+
+
+@pytest.mark.parametrize("more", [[], ["--dtype", "bf16-mixed", "--dropout", "0.2"],
+                                  ["--dtype", "bf16-true", "--targets", "study", "--scaling", "rslora"]])
+def test_an_adapter_is_trained_and_resumed_bit_for_bit(model_dir, pairs_file, tmp_path, monkeypatch, capsys, more):
+    monkeypatch.setattr("sample.has_bf16", lambda device: True)
+    before = {p.name: p.read_bytes() for p in model_dir.iterdir()}
+    out = tmp_path / "run"
+    lora.main(settings(model_dir, pairs_file, out, *more))
+    said = capsys.readouterr().out
+    assert "trainable parameters of" in said and "铲子" in said  # the test cases at the end
+    losses = [row["val_loss"] for row in map(json.loads, open(out / "log.jsonl")) if "val_loss" in row]
+    assert losses[-1] < losses[0] - 0.02
+    assert {p.name for p in out.iterdir()} == {lora.CONFIG, lora.TENSORS, "last", "log.jsonl", "loss.png", "args.json"}
+    assert {p.name: p.read_bytes() for p in model_dir.iterdir()} == before
+
+    class Stop(Exception):
+        pass
+
+    import train_sft
+    usual = train_sft.backward
+
+    def interrupted(*args):
+        interrupted.steps += 1
+        if interrupted.steps == 9:
+            raise Stop
+        return usual(*args)
+    interrupted.steps = 0
+    monkeypatch.setattr(train_sft, "backward", interrupted)
+    with pytest.raises(Stop):
+        lora.main(settings(model_dir, pairs_file, tmp_path / "second", *more))
+    monkeypatch.setattr(train_sft, "backward", usual)
+    lora.main(["--out", str(tmp_path / "second"), "--resume"])
+    for name in (lora.TENSORS, f"last/{lora.TENSORS}"):
+        assert (tmp_path / "second" / name).read_bytes() == (out / name).read_bytes()
+
+    lora.main(["merge", str(out), "--init", str(model_dir), "--out", str(tmp_path / "merged")])
+    plain, _ = load_model(tmp_path / "merged")
+    model, _ = load_model(model_dir)
+    lora.load(out, model)
+    assert torch.allclose(plain.float()(IDX), model.float()(IDX), atol=1e-3 if plain.config.tie_embeddings else 1e-2)
+    assert plain.config.tie_embeddings == ("study" not in more)
+    written = json.loads((tmp_path / "merged/config.json").read_text())
+    assert written["tie_word_embeddings"] == plain.config.tie_embeddings
+
+
+def test_only_the_adapter_is_optimized(model_dir, pairs_file, tmp_path):
+    from checkpoint import find_last
+    lora.main(settings(model_dir, pairs_file, tmp_path / "run", "--targets", "q_proj,v_proj"))
+    last, state = find_last(tmp_path / "run")
+    model, _ = load_model(model_dir)
+    moments = state["optimizer"]["state"].values()
+    assert len(moments) == 2 * 2 * model.config.n_layer
+    assert sum(s["exp_avg"].numel() for s in moments) == sum(
+        4 * (32 + out) for out in (32, 32)) * model.config.n_layer  # n_embd 32, two heads of 16
+    assert {p.name for p in last.iterdir()} == {lora.CONFIG, lora.TENSORS, "train_state.pt"}
+
+
+def test_an_adapter_for_someone_elses_model(tok, pairs_file, tmp_path):
+    """Grouped-query, untied, in shards, from transformers."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=tok.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config)
+    theirs.save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
+    tok.save(tmp_path / "base")
+    lora.main(settings(tmp_path / "base", pairs_file, tmp_path / "run", "--targets", "study"))
+    lora.main(["merge", str(tmp_path / "run"), "--init", str(tmp_path / "base"), "--out", str(tmp_path / "merged")])
+    peft = pytest.importorskip("peft")
+    merged = peft.PeftModel.from_pretrained(theirs.eval(), tmp_path / "run").merge_and_unload()
+    plain, _ = load_model(tmp_path / "merged")
+    assert torch.allclose(plain(IDX), merged(IDX).logits, atol=1e-5)
+
+
+def test_mistakes_of_the_command(model_dir, tok, pairs_file, tmp_path, refused, capsys):
+    out = tmp_path / "run"
+    refused(lora.main, settings(model_dir, pairs_file, out, "--targets", "query"), "query", "q_proj", "lm_head")
+    refused(lora.main, settings(model_dir, pairs_file, out, "--r", "0"), "--r")
+    refused(lora.main, settings(model_dir, pairs_file, out, "--alpha", "-1"), "--alpha")
+    refused(lora.main, settings(model_dir, pairs_file, out, "--r", "9999"), "above both dimensions")
+    refused(lora.main, ["--preset", "small"], "--dry-run")
+    assert not out.exists()
+    lora.main(["--dry-run", "--preset", "microstories", "--r", "8"])
+    assert "337,920 trainable parameters" in capsys.readouterr().out
+    lora.main(["--dry-run", "--preset", "microstories", "--r", "256", "--alpha", "512", "--targets", "study"])
+    assert "21,692,416 trainable parameters" in capsys.readouterr().out
+
+    lora.main(settings(model_dir, pairs_file, out))
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    refused(lora.main, settings(model_dir, pairs_file, out), "--resume", "--overwrite")
+    lora.main(["merge", str(out), "--init", str(model_dir), "--out", str(tmp_path / "merged")])
+    refused(lora.main, ["merge", out, "--init", model_dir, "--out", tmp_path / "merged"], "merged", "already")
+    refused(lora.main, ["merge", out, "--init", tmp_path / "merged", "--out", tmp_path / "twice"], "another base model")
+    refused(lora.main, ["merge", tmp_path, "--init", model_dir, "--out", tmp_path / "twice"], "adapter_config.json")
+    assert not (tmp_path / "twice").exists()
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
