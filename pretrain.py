@@ -2,7 +2,10 @@
 
 The loop is train_sft.py's. Here are the plain-text batches (stories packed one behind the other, EOS between them) and
 the settings of a base model. `--preset microstories` has the study's: 44M parameters, 512 x 512 tokens a step.
+--data may also be what data/prepare.py wrote: token files, and the tokenizer they were made with.
 """
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +35,7 @@ VAL_WINDOWS = 48  # of block_size tokens: enough to see the loss fall, and no ti
 
 
 def parse_args(argv=None):
-    parser = training_parser("Pretrain a base model on plain stories.")
+    parser = training_parser("Pretrain a base model on plain stories, or on what data/prepare.py made of them.")
     parser.add_argument("--preset", choices=PRESETS, default="small",
                         help="geometry and settings of a new model (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.model to use (default: train one on --data)")
@@ -68,12 +71,38 @@ def train_tokenizer(texts, vocab_size, builtin=False):
 
 def write_tokens(path, texts, tokenizer):
     """Stories -> a file of their ids, an EOS behind each; returned as a memory-mapped array (N,)."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 65535 else np.uint32
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as f:
         for text in texts:
-            f.write(np.array(tokenizer.encode(text) + [tokenizer.eos_id], dtype).tobytes())
-    return np.memmap(path, dtype, mode="r")
+            f.write(tokenizer.story(text).tobytes())
+    return np.memmap(path, tokenizer.dtype, mode="r")
+
+
+def read_manifest(args):
+    """What data/prepare.py says of its files in --data; None if --data is stories. Raises ValueError."""
+    path = args.data and args.data / "manifest.json"
+    if not (path and path.is_file()):
+        return None
+    if args.val_data:
+        raise ValueError(f"--val-data: {args.data} has a validation part of its own")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        manifest = None
+    if not (isinstance(manifest, dict) and {"stories", "tokens", "characters", "dtype", "sha256"} <= set(manifest)):
+        raise ValueError(f"{path} is not of data/prepare.py")
+    return manifest
+
+
+def open_tokens(directory, manifest, tokenizer):
+    """The token files of data/prepare.py -> two memory-mapped arrays (N,). Raises ValueError if they do not fit."""
+    if hashlib.sha256(tokenizer.files["tokenizer.model"]).hexdigest() != manifest["sha256"]["tokenizer.model"]:
+        raise ValueError(f"{directory} was tokenized with another tokenizer than the model's "
+                         f"(--tokenizer, --init or --resume): prepare it anew with that one")
+    files = [np.memmap(directory / f"{side}.bin", manifest["dtype"], mode="r") for side in ("train", "val")]
+    if [len(tokens) for tokens in files] != [manifest["tokens"][side] for side in ("train", "val")]:
+        raise ValueError(f"{directory}: train.bin or val.bin is not the one of manifest.json")
+    return files
 
 
 def main(argv=None):
@@ -82,34 +111,41 @@ def main(argv=None):
     try:
         check_out(args)
         pick_device(args.device)
-        texts, val_texts = load_stories(args)
+        manifest = read_manifest(args)
+        texts, val_texts = ([], []) if manifest else load_stories(args)
         if args.resume:
             model, tokenizer, state = load_last(args.out)
         elif args.init:
             model, tokenizer = load_model(args.init)
         else:
-            tokenizer = (tokenizers.load(args.tokenizer) if args.tokenizer
+            ready = args.tokenizer or (args.data if manifest else None)
+            tokenizer = (tokenizers.load(ready) if ready
                          else train_tokenizer(texts, args.vocab_size, builtin=args.data is None))
             config = PRESETS[args.preset]
             # the preset's vocabulary may be its tokenizer's, padded (the study's is); else the tokenizer decides
-            if not (args.tokenizer and fits(tokenizer, config)):
+            if not (ready and fits(tokenizer, config)):
                 config = replace(config, vocab_size=tokenizer.vocab_size)
             torch.manual_seed(args.seed)
             model = GPT(replace(config, block_size=args.block_size or config.block_size))
         args.block_size = args.block_size or model.config.block_size
         if args.block_size > model.config.block_size:
             raise ValueError(f"--block-size {args.block_size} is beyond the model's {model.config.block_size}")
-        print(f"{len(texts)} stories to train on, {len(val_texts)} for validation; "
+        told = manifest or {"stories": {"train": len(texts), "val": len(val_texts)},
+                            "characters": sum(map(len, texts + val_texts))}
+        print(f"{told['stories']['train']} stories to train on, {told['stories']['val']} for validation; "
               f"a vocabulary of {tokenizer.vocab_size} pieces, {model.num_params():,} parameters")
-        tokens = write_tokens(args.out / "tokens" / "train.bin", texts, tokenizer)
+        if manifest:
+            tokens, val_tokens = open_tokens(args.data, manifest, tokenizer)
+        else:
+            tokens = write_tokens(args.out / "tokens" / "train.bin", texts, tokenizer)
+            val_tokens = write_tokens(args.out / "tokens" / "val.bin", val_texts, tokenizer) if val_texts else []
         batches = TokenBatches(tokens, args.block_size, args.batch_size, args.grad_accum, args.seed)
-        print(f"{len(tokens):,} tokens, {sum(map(len, texts)) / len(tokens):.2f} characters each")
+        print(f"{len(tokens):,} tokens, {told['characters'] / (len(tokens) + len(val_tokens)):.2f} characters each")
         if state and state["data"] != batches.fingerprint():
             raise ValueError(f"--resume: the data is not what {args.out} was trained on")
         val_batches = []
-        if val_texts:
-            tokens = write_tokens(args.out / "tokens" / "val.bin", val_texts, tokenizer)
-            val_batches = TokenBatches(tokens, min(args.block_size, len(tokens) - 1), args.batch_size, 1,
+        if len(val_tokens):
+            val_batches = TokenBatches(val_tokens, min(args.block_size, len(val_tokens) - 1), args.batch_size, 1,
                                        args.seed).validation(VAL_WINDOWS)
     except (ValueError, OSError) as e:
         fail(e)

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 SPACE = "\u2581"  # ▁, SentencePiece's letter for a space
@@ -39,6 +40,15 @@ class Tokenizer:
             return self.sp.encode(text)
         first, *others = map(self.sp.encode, text.split(SPACE))
         return first + [i for part in others for i in (*self.space_bytes, *part)]
+
+    @property
+    def dtype(self):
+        """Of token files: the smallest that holds every id."""
+        return np.dtype(np.uint16 if self.vocab_size <= 65535 else np.uint32)
+
+    def story(self, text):
+        """A story as it stands in token files: its ids and an EOS behind them, an array (N,)."""
+        return np.array(self.encode(text) + [self.eos_id], self.dtype)
 
     def decode(self, ids):
         """ids -> str. Bytes that are no UTF-8 become U+FFFD; ids beyond the pieces (a padded model) are left out."""
