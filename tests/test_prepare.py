@@ -16,7 +16,7 @@ from conftest import ROOT, STORIES, random_model, tiny_config
 
 import pretrain
 from checkpoint import save_model
-from data import prepare
+from data import download, prepare
 from records import place
 
 HUB = "/" + prepare.TINYSTORIES_PATH
@@ -108,7 +108,7 @@ def hub(tmp_path, monkeypatch):
     thread.start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setattr(prepare, "WAIT", 0)
+    monkeypatch.setattr(download, "WAIT", 0)
     monkeypatch.setattr(prepare, "DOWNLOADS", tmp_path / "downloads")
     yield server
     server.shutdown()
@@ -270,7 +270,7 @@ def test_an_interrupted_run_goes_on(hub, run, tok, tmp_path, refused, tokenizer_
         raise KeyboardInterrupt
     hub.drops = 1
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.time, "sleep", interrupt)
+        patch.setattr(download.time, "sleep", interrupt)
         with pytest.raises(SystemExit) as e:
             prepare.main([*map(str, argv)])
     assert e.value.code == 130 and "the same command goes on" in capsys.readouterr().err
@@ -334,9 +334,9 @@ def test_another_file_while_the_connection_was_down(hub, tmp_path, monkeypatch):
 
     def change(seconds):
         hub.etag, hub.body = '"v2"', OTHER
-    monkeypatch.setattr(prepare.time, "sleep", change)
+    monkeypatch.setattr(download.time, "sleep", change)
     hub.drops = 1
-    path, sha256 = prepare.download(url, tmp_path)
+    path, sha256 = download.download(url, tmp_path)
     assert path.read_bytes() == hub.body != ARCHIVE
 
 
