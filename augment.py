@@ -119,10 +119,13 @@ CHECKS = ("cut", "residue", "english", "repeats", "labels")
 CLOSING = r"[”’」』\"'）)]"
 FULL_STOP = rf"\.+(?=\s|$|{CLOSING})"  # no decimal point
 SENTENCES = re.compile(rf"(?:[^。！？!?…\n.]|(?!{FULL_STOP})\.)*(?:[。！？!?…]+|{FULL_STOP}|\n|$){CLOSING}*\s*")
-ENDING = re.compile(rf"[。！？!?…~～.]{CLOSING}*$")
-RESIDUE = re.compile(r"总结一下[：:，,]|小结[：:]|总结[：:]|(?:故事)?(?:到此)?(?:结束|讲完)(?:了|啦)?[。！!]?\s*\Z"
-                     r"|[（(【](?:全文)?(?:完|剧终)[）)】]\s*\Z|\bThe end\.?\s*\Z|<\|endoftext\|>"
-                     r"|^(?:以上就是|希望你喜欢)[^\n]*\Z", re.M | re.I)
+ENDING = re.compile(rf"[。！？!?…~～.—”」』\"]{CLOSING}*\Z")
+BEHIND = r"(?:^|(?<=[。！？!?…”」\"\n]))\s*"  # 老师总结：… is part of a story
+RESIDUE = re.compile("|".join((
+    rf"{BEHIND}(?:总结一下|总结|小结)[：:，,]",
+    rf"{BEHIND}(?:这个|我们的)?故事(?:就?到此|到这里)?(?:就?结束|讲完|完)(?:了|啦)?[。！!]?\s*\Z",
+    r"[（(【](?:全文)?(?:完|剧终)[）)】]\s*\Z", r"\bThe end\.?\s*\Z", r"<\|endoftext\|>",
+    r"^(?:以上就是|希望你喜欢)[^\n]*\Z")), re.M | re.I)
 ENGLISH = re.compile(r"[A-Za-z]*[a-z]{2,}[A-Za-z]*")
 SHORTEST = 0.6  # of a story that must be left when its end is cut off
 

@@ -275,6 +275,7 @@ LONG = "小狗在院子里玩了一整天，跑得满头大汗。" + STORY
     ("residue", LONG + "小结：小狗很好。", LONG, "residue"),
     ("residue", LONG + "故事结束。", LONG, "residue"),
     ("residue", LONG + "\n（完）", LONG, "residue"),
+    ("residue", LONG + "老师总结：小狗很好。比赛结束了。", LONG + "老师总结：小狗很好。比赛结束了。", None),
     ("cut", LONG + "后来，小狗又", LONG, "cut"),
     ("cut", "小狗在院子里玩了一整天", None, "cut"),
     ("cut", STORY + "小狗" * 60, None, "too little"),
