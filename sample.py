@@ -194,6 +194,8 @@ def parse_args(argv=None):
     parser.error = fail  # without argparse's lines of usage
     parser.add_argument("--ckpt", nargs="?", type=Path, help="model directory (default: out/sft, else the base model)")
     parser.add_argument("--adapter", type=Path, help="LoRA adapter directory, put on --ckpt")
+    parser.add_argument("--adapter-scale", type=float, default=1.0,
+                        help="how much of the adapter: 0 is the model alone (default: %(default)s)")
     # what to write about
     parser.add_argument("--instruction", action="append", default=[],
                         help=r"constraint lines, \n between them (repeatable)")
@@ -233,7 +235,7 @@ def main(argv=None):
         device = pick_device(args.device)
         model, tokenizer = load_model(ckpt)
         if args.adapter:
-            lora.load(args.adapter, model)
+            lora.load(args.adapter, model, args.adapter_scale)
         model.to(device, torch.bfloat16 if pick_dtype(args.dtype, device) == "bf16-true" else torch.float32).eval()
         prompts = read_prompts(args.file) if args.file else []
         for kind, text in [*asked, *(("instruction", text) for text in prompts)]:

@@ -135,11 +135,12 @@ def test_sample_and_evaluate_take_an_adapter(model_dir, pairs_file, tmp_path, ca
     lora.save(tmp_path / "a", randomise(model, 3))
     said = []
     for argv in ([], ["--adapter", str(tmp_path / "a")]):
-        sample.main(["--ckpt", str(model_dir), "--prompt", "小猫", "--device", "cpu", *argv])
-        said.append(capsys.readouterr().out)
+        for scale in ([], ["--adapter-scale", "0"]):
+            sample.main(["--ckpt", str(model_dir), "--prompt", "小猫", "--device", "cpu", *argv, *scale])
+            said.append(capsys.readouterr().out)
         evaluate.main(["--ckpt", str(model_dir), "--base", str(model_dir), "--data", str(pairs_file), "--samples", "1",
                        "--device", "cpu", "--out", str(tmp_path / f"eval{len(argv)}"), *argv])
-    assert said[0] != said[1]
+    assert said[0] == said[1] == said[3] != said[2]
     results = [json.loads((tmp_path / f"eval{n}" / "eval.json").read_text(encoding="utf-8")) for n in (0, 2)]
     assert results[0]["plain_nll"] == results[0]["base_nll"] == results[1]["base_nll"] != results[1]["plain_nll"]
     refused(sample.main, ["--ckpt", model_dir, "--adapter", tmp_path, "--prompt", "x"], lora.CONFIG)
