@@ -15,6 +15,8 @@ import os
 import random
 import re
 import shutil
+import signal
+import sys
 from array import array
 from collections import Counter, deque
 from contextlib import contextmanager
@@ -253,6 +255,11 @@ def start(values, aliases, tokenizer):
         settings.tokenizer = tokenizers.load(tokenizer)
 
 
+def start_worker(*values):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's
+    start(*values)
+
+
 def parse_batch(batch):
     """(path, rows, whether to look for near-duplicates) -> what pass 2 needs of them, and what was rejected."""
     path, rows, near = batch
@@ -400,7 +407,8 @@ def write_batch(batch):
             if candidates is not None:
                 constraints[WORDS] = choose_words(story, candidates, settings.df, settings.stories, rng)
             if settings.permute != 1 and not val:
-                orders = rng.sample(orders := list(permutations(constraints)), len(orders))
+                orders = list(permutations(constraints))
+                rng.shuffle(orders)
         text = json.dumps(story, ensure_ascii=False)
         for i in range(1 if val else quota):
             order = orders[i % len(orders)]
@@ -419,7 +427,7 @@ def workers(size, *settings_of_workers):
         start(*settings_of_workers)
         yield map
         return
-    with multiprocessing.Pool(initializer=start, initargs=settings_of_workers) as pool:
+    with multiprocessing.Pool(initializer=start_worker, initargs=settings_of_workers) as pool:
         def run(function, batches):
             waiting = deque()  # bounded, which pool.imap is not
             for batch in batches:
@@ -435,6 +443,8 @@ def augment(args):
     """The whole of it. -> the report, a dict. Raises ValueError and OSError."""
     if args.out.exists() and not args.overwrite:
         raise ValueError(f"--out {args.out} is there already: --overwrite replaces it")
+    if args.out.exists() and not (args.out / "report.json").is_file():
+        raise ValueError(f"--out {args.out} was not made by augment.py, and is not replaced")
     aliases = {}
     if args.aliases:
         try:
@@ -618,6 +628,9 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         report = augment(args)
+    except KeyboardInterrupt:
+        print("augment.py: interrupted; nothing is written", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, OSError) as e:
         fail(e)
     rows, sides = report["rows"], report["split"]

@@ -405,6 +405,8 @@ def test_mistakes_are_one_line_and_leave_what_is_there(tmp_path, refused):
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     assert set(before) == {"train.jsonl", "val.jsonl", "rejected.jsonl", "report.json"}
     refused(augment.main, [path, "--out", out], "--overwrite")
+    (tmp_path / "mine").mkdir()
+    refused(augment.main, [path, "--out", tmp_path / "mine", "--overwrite"], "mine", "not made by augment.py")
     (tmp_path / "empty").write_text("\n")
     refused(augment.main, [tmp_path / "empty", path, "--out", out, "--overwrite"], "empty", "no rows")
     refused(augment.main, [tmp_path / "missing", "--out", out, "--overwrite"], "missing")
@@ -412,7 +414,7 @@ def test_mistakes_are_one_line_and_leave_what_is_there(tmp_path, refused):
                         ("--val-fraction", "1"), ("--max-per-story", "-1")):
         refused(augment.main, [path, "--out", out, "--overwrite", flag, value], flag)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    assert {p.name for p in tmp_path.iterdir()} == {"in", "out", "empty"}
+    assert {p.name for p in tmp_path.iterdir()} == {"in", "out", "empty", "mine"}
 
 
 def test_text_without_an_end_is_not_held_in_memory(tmp_path, refused, monkeypatch):
