@@ -212,7 +212,8 @@ def test_an_adapter_is_trained_and_resumed_bit_for_bit(model_dir, pairs_file, tm
     plain, _ = load_model(tmp_path / "merged")
     model, _ = load_model(model_dir)
     lora.load(out, model)
-    assert torch.allclose(plain.float()(IDX), model.float()(IDX), atol=1e-3 if plain.config.tie_embeddings else 1e-2)
+    near = 1e-3 if plain.config.tie_embeddings else 1e-2
+    assert torch.allclose(plain.float()(IDX), model.float().eval()(IDX), atol=near)
     assert plain.config.tie_embeddings == ("study" not in more)
     written = json.loads((tmp_path / "merged/config.json").read_text())
     assert written["tie_word_embeddings"] == plain.config.tie_embeddings
