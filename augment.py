@@ -489,7 +489,9 @@ def make(args, aliases, sizes, work):
                     rows = read_rows(f, path)
                     while batch := list(islice(rows, BATCH)):
                         seen += len(batch)
-                        yield path, batch, not args.exact and seen <= NEAR_LIMIT
+                        # far beyond the limit by the size of the rows so far: do not prepare for nothing
+                        many = seen > 10 * BATCH and size / max(1, before + f.tell()) * seen > 3 * NEAR_LIMIT
+                        yield path, batch, not args.exact and seen <= NEAR_LIMIT and not many
                         bar.update(before + f.tell() - bar.n)
 
     with (workers(size, values, aliases, tokenizer) as run, open(work / "spool", "wb") as spool,
