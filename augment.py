@@ -10,16 +10,12 @@ temporary file; then the split is known, and how often each story may be seen, a
 import argparse
 import json
 import math
-import multiprocessing
-import os
 import random
 import re
 import shutil
-import signal
 import sys
 from array import array
-from collections import Counter, deque
-from contextlib import contextmanager
+from collections import Counter
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -45,6 +41,7 @@ from constraints import (
     permutations,
     render,
 )
+from parallel import in_order
 from records import BOM, LONGEST, PIECE, UTF16, RowError, not_utf8, scan_stream, story_hash, text_field
 
 BATCH = 512  # records that a worker takes at once
@@ -154,7 +151,7 @@ def clean(story, chinese, keep, counts):
         counts["mended: cut in the middle of a sentence"] += 1
     if len(story) < SHORTEST * whole:
         raise ValueError("clean: too little of the story is left")
-    if "english" not in keep and chinese and (found := ENGLISH.search(story)):
+    if "english" not in keep and chinese and ENGLISH.search(story):
         raise ValueError("clean: mixed with English")
     return story
 
@@ -255,15 +252,10 @@ def start(values, aliases, tokenizer):
         settings.tokenizer = tokenizers.load(tokenizer)
 
 
-def start_worker(*values):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's
-    start(*values)
-
-
 def parse_batch(batch):
-    """(path, rows, whether to look for near-duplicates) -> what pass 2 needs of them, and what was rejected."""
-    path, rows, near = batch
-    made = SimpleNamespace(path=path, rows=len(rows), spool=[], hashes=[], kinds=[], bands=[], rejected=[], error=None,
+    """(path, rows) -> what pass 2 needs of them, and what was rejected."""
+    path, rows = batch
+    made = SimpleNamespace(path=path, rows=len(rows), spool=[], hashes=[], kinds=[], rejected=[], error=None,
                            counts=Counter(), preambles=Counter(), df=Counter())
     for row, record in rows:
         raw, changed = record, Counter()
@@ -294,8 +286,6 @@ def parse_batch(batch):
         digest = story_hash(story)
         made.hashes.append(digest)
         made.kinds.append(sum(1 << i for i, key in enumerate(KEYS) if key in constraints))
-        if near:
-            made.bands.append(band_keys(fold(story)))
         made.spool.append(json.dumps([constraints, story, story_id or f"{digest:016x}", candidates],
                                      ensure_ascii=False).encode() + b"\n")
     return made
@@ -320,6 +310,11 @@ def band_keys(folded):
     """(BANDS,) uint64; two stories are compared if they agree in one of them, of BAND minima each."""
     minima = (shingles(folded) * MULTIPLIERS).min(1)  # a random permutation of the hashes each
     return (minima.reshape(BANDS, BAND).astype(np.uint64) * MIXERS).sum(1)
+
+
+def band_batch(lines):
+    """Lines of the spool -> (lines, BANDS)."""
+    return np.stack([band_keys(fold(json.loads(line)[1])) for line in lines])
 
 
 def near_duplicates(bands, story_of):
@@ -420,23 +415,8 @@ def write_batch(batch):
 
 # ---- the command ----
 
-@contextmanager
-def workers(size, *settings_of_workers):
-    """Give `run(function, batches)`, which yields function(batch) in order, on all cores if there is enough to do."""
-    if size < SMALL:
-        start(*settings_of_workers)
-        yield map
-        return
-    with multiprocessing.Pool(initializer=start_worker, initargs=settings_of_workers) as pool:
-        def run(function, batches):
-            waiting = deque()  # bounded, which pool.imap is not
-            for batch in batches:
-                waiting.append(pool.apply_async(function, (batch,)))
-                if len(waiting) > 3 * os.cpu_count():
-                    yield waiting.popleft().get()
-            for result in waiting:
-                yield result.get()
-        yield run
+def batched(items):
+    return iter(lambda: list(islice(items, BATCH)), [])
 
 
 def augment(args):
@@ -478,24 +458,25 @@ def make(args, aliases, sizes, work):
     size = sum(sizes.values())
     totals = SimpleNamespace(rows=Counter(), good=Counter(), error={}, counts=Counter(), preambles=Counter(),
                              df=Counter(), rejected=Counter())
-    hashes, kinds, lengths, bands = array("Q"), array("B"), array("L"), []
+    hashes, kinds, lengths = array("Q"), array("B"), array("L")
 
     def batches():
-        seen = 0
         with tqdm(total=size, desc="reading", unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
             for path in args.files:
                 before = bar.n
                 with open(path, "rb", buffering=1 << 16) as f:
                     rows = read_rows(f, path)
-                    while batch := list(islice(rows, BATCH)):
-                        seen += len(batch)
-                        # far beyond the limit by the size of the rows so far: do not prepare for nothing
-                        many = seen > 10 * BATCH and size / max(1, before + f.tell()) * seen > 3 * NEAR_LIMIT
-                        yield path, batch, not args.exact and seen <= NEAR_LIMIT and not many
+                    for batch in batched(rows):
+                        yield path, batch
                         bar.update(before + f.tell() - bar.n)
 
-    with (workers(size, values, aliases, tokenizer) as run, open(work / "spool", "wb") as spool,
-          open(work / "rejected.jsonl", "wb") as rejected):
+    def run(function, batches):
+        if size < SMALL:
+            start(values, aliases, tokenizer)
+            return map(function, batches)
+        return in_order(function, batches, start, (values, aliases, tokenizer))
+
+    with open(work / "spool", "wb") as spool, open(work / "rejected.jsonl", "wb") as rejected:
         for made in run(parse_batch, batches()):
             totals.rows[made.path] += made.rows
             totals.good[made.path] += len(made.spool)
@@ -509,15 +490,15 @@ def make(args, aliases, sizes, work):
             hashes.extend(made.hashes)
             kinds.extend(made.kinds)
             lengths.extend(map(len, made.spool))
-            bands.extend(made.bands)
             spool.writelines(made.spool)
     for path in args.files:
         if not totals.good[path]:
             raise ValueError(f"no usable row; {totals.error[path]}" if totals.error.get(path) else f"{path}: no rows")
 
     hashes, kinds, lengths = np.array(hashes), np.array(kinds), np.array(lengths)
-    near = len(bands) == len(hashes)
+    near = not args.exact and len(hashes) <= NEAR_LIMIT
     with open(work / "spool", "rb") as spool:
+        bands = np.concatenate(list(run(band_batch, batched(spool)))) if near else None
         ends = np.cumsum(lengths)
 
         def story_of(i):
@@ -525,7 +506,7 @@ def make(args, aliases, sizes, work):
             return json.loads(spool.readline())[1]
 
         # stories of the same hash agree in all bands, so the clusters of near-duplicates hold the exact ones too
-        clusters = near_duplicates(np.stack(bands), story_of) if near else hashes
+        clusters = near_duplicates(bands, story_of) if near else hashes
     val = split(hashes, clusters, args.val_fraction)
     if val.all():
         raise ValueError(f"--val-fraction {args.val_fraction} leaves no story to train on")
@@ -533,11 +514,11 @@ def make(args, aliases, sizes, work):
     rows[val] = 1
 
     values |= {"df": totals.df, "stories": len(hashes)}
-    with (workers(size, values, aliases, tokenizer) as run, open(work / "spool", "rb") as spool,
+    with (open(work / "spool", "rb") as spool,
           open(work / "train.jsonl", "wb") as train_file, open(work / "val.jsonl", "wb") as val_file,
           tqdm(total=len(hashes), desc="writing", unit="record", dynamic_ncols=True, disable=None) as bar):
-        spooled = ((list(islice(spool, BATCH)), rows[i:i + BATCH].tolist(), val[i:i + BATCH].tolist())
-                   for i in range(0, len(hashes), BATCH))
+        spooled = ((lines, rows[i:i + BATCH].tolist(), val[i:i + BATCH].tolist())
+                   for i, lines in zip(range(0, len(hashes), BATCH), batched(spool)))
         for train_lines, val_lines in run(write_batch, spooled):
             train_file.write(train_lines)
             val_file.write(val_lines)

@@ -89,7 +89,7 @@ def sections(text, keys=KEYS):
 def _key_and_value(line):
     """摘要：… -> ("摘要", "…"); (None, None) for a line without a key."""
     line = line.lstrip()
-    colon = COLON.search(line, 0, 60)
+    colon = COLON.search(line, 0, 60)  # no key is so long; stories have long lines
     key = colon and KEY_OF.get(line[:colon.start()].strip().lower())
     return (key, line[colon.end():].lstrip()) if key else (None, None)
 

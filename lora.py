@@ -184,9 +184,9 @@ TARGETS = {"attention": ATTENTION, "all-linear": [*ATTENTION, "gate_proj", "up_p
 
 
 def parse_args(argv):
-    from cli import positive
+    from cli import fraction, positive
     from model import PRESETS
-    from train_sft import fraction, parse, sft_parser
+    from train_sft import parse, sft_parser
     parser = sft_parser("Fine-tune low-rank adapters on a base model, with the loop, data and flags of train_sft.py. "
                         "(python lora.py merge --help: an adapter and its base into one model.)")
     flag = parser.add_argument

@@ -20,15 +20,10 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import tarfile
 import zlib
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from http.client import HTTPException
-from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +33,9 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import tokenizer as tokenizers  # noqa: E402
-from cli import fail  # noqa: E402
+from cli import fail, positive  # noqa: E402
 from data.download import PIECE, checksum, download, file_name, is_url  # noqa: E402
+from parallel import in_order  # noqa: E402
 from records import RowError, place, scan_stream, text_field  # noqa: E402
 
 # Every worker imports this file too: nothing above may import PyTorch (1.6 s and 220 MB a process).
@@ -119,7 +115,6 @@ def instruction_row(text, record, name):
 
 def start_worker(path):
     global tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's
     tokenizer = tokenizers.load(path)
 
 
@@ -129,28 +124,27 @@ def tokenize(texts):
     return np.array([place(text) for text in texts]), np.array([len(r) for r in rows], np.uint32), np.concatenate(rows)
 
 
+def batches(texts):
+    """Lists of texts of about BATCH characters."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def tokenize_all(texts, path, out):
     """Write the tokens of all texts to `out`, in their order, on all cores -> (places, lengths), each (stories,)."""
-    places, lengths, pending, batch, size = [], [], deque(), [], 0
-    with (open(out, "wb") as f,
-          ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=start_worker, initargs=(path,)) as pool):
-        def collect(most):
-            while len(pending) > most:  # no more in memory than keeps the workers busy
-                where, length, tokens = pending.popleft().result()
-                places.append(where)
-                lengths.append(length)
-                f.write(tokens.tobytes())
-
-        for text in texts:
-            batch.append(text)
-            size += len(text)
-            if size >= BATCH:
-                pending.append(pool.submit(tokenize, batch))
-                batch, size = [], 0
-                collect(4 * os.cpu_count())
-        if batch:
-            pending.append(pool.submit(tokenize, batch))
-        collect(0)
+    places, lengths = [], []
+    with open(out, "wb") as f:
+        for where, length, tokens in in_order(tokenize, batches(texts), start_worker, (path,)):
+            places.append(where)
+            lengths.append(length)
+            f.write(tokens.tobytes())
     return np.concatenate(places), np.concatenate(lengths)
 
 
@@ -186,12 +180,11 @@ def parse_args(argv=None):
     flag("--endpoint", default=os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
          help=f"hub or mirror that has {TINYSTORIES} (default: HF_ENDPOINT, now %(default)s)")
     flag("--sha256", help="checksum that the source must have, in hex")
-    flag("--val-stories", type=int, default=40_000, help="stories held out, at most a twentieth (default: %(default)s)")
+    flag("--val-stories", type=positive(int), default=40_000,
+         help="stories held out, at most a twentieth (default: %(default)s)")
     flag("--instructions", action="store_true", help="make instruction data of the same rows, too")
     flag("--overwrite", action="store_true", help="replace what is in --out")
     args = parser.parse_args(argv)
-    if args.val_stories < 1:
-        fail(f"--val-stories {args.val_stories} is not a positive number")
     if not is_url(args.endpoint):
         fail(f"--endpoint (or HF_ENDPOINT) {args.endpoint} does not begin with https://")
     if args.sha256 and (len(args.sources) > 1 or not re.fullmatch("[0-9a-fA-F]{64}", args.sha256)):
@@ -279,7 +272,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("prepare.py: interrupted; the same command goes on where a download stopped", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError, BrokenProcessPool) as e:
+    except (ValueError, OSError) as e:
         fail(e)
     n, tokens = manifest["stories"], sum(manifest["tokens"].values())
     print(f"{args.out}: {n['train']:,} stories to train on, {n['val']:,} held out; {tokens:,} tokens, "

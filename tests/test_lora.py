@@ -248,6 +248,8 @@ def test_an_adapter_for_someone_elses_model(tok, pairs_file, tmp_path):
     merged = peft.PeftModel.from_pretrained(theirs.eval(), tmp_path / "run").merge_and_unload()
     plain, _ = load_model(tmp_path / "merged")
     assert torch.allclose(plain(IDX), merged(IDX).logits, atol=1e-5)
+    base, _ = load_model(tmp_path / "base")
+    assert not torch.allclose(plain(IDX), base(IDX), atol=1e-2)  # the adapter does something
 
 
 def test_mistakes_of_the_command(model_dir, tok, pairs_file, tmp_path, refused, capsys):
