@@ -47,7 +47,10 @@ class LoRALinear(nn.Module):
         self.lora_dropout = nn.Dropout(dropout)
 
     def forward(self, x):  # (..., in) -> (..., out)
-        return F.linear(x, self.weight) + self.scale * self.lora_B(self.lora_A(self.lora_dropout(x)))
+        y = F.linear(x, self.weight)
+        low = self.scale * self.lora_A(self.lora_dropout(x))  # (..., r)
+        # addmm adds while it multiplies: low @ Bᵀ would be another tensor as large as y, written, read and added
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.lora_B.weight.T).view_as(y)
 
     def delta(self):
         """What the adapter adds to the weight: (out, in), in float32."""
