@@ -58,6 +58,17 @@ def encode_pairs(tokenizer, pairs, block_size, name):
     return kept
 
 
+def encode_stories(tokenizer, texts, block_size, name):
+    """Plain stories -> [(ids, labels)], every token supervised; EOS stands before and after each, as in pretraining.
+    Only whole ones are kept; the others are counted and printed. Raises ValueError if none is left."""
+    encoded = [[tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    kept = [(ids, ids) for ids in encoded if len(ids) - 1 <= block_size]
+    print(f"{name}: {len(kept)} plain stories; {len(encoded) - len(kept)} left out, longer than --block-size {block_size}")
+    if not kept:
+        raise ValueError(f"{name}: no plain story fits into --block-size {block_size}")
+    return kept
+
+
 # ---- batches ----
 
 def collate(rows):
@@ -124,6 +135,33 @@ class PairBatches:
                      for i in sorted(order[start:start + pool], key=lambda i: len(self.rows[i][0]))]
         steps = [order[i:i + self.step_size] for i in range(0, len(order), self.step_size)]
         return [steps[i] for i in rng.permutation(len(steps))] if self.bucket else steps
+
+
+class Replay:
+    """batches(step) with whole plain stories added, in micro-batches of their own: on average `share` of all supervised
+    tokens are theirs. What `batches` gives stays as it is. A pure function of seed and step, too."""
+
+    def __init__(self, batches, stories, share):
+        self.batches, self.stories, self.share = batches, stories, share
+        self.steps_per_epoch = batches.steps_per_epoch
+
+    def __call__(self, step):
+        own = self.batches(step)
+        wanted = self.share / (1 - self.share) * sum((y != IGNORE).sum().item() for _, y in own)
+        rng = np.random.default_rng((self.batches.seed, step, 1))
+        rows = []
+        while wanted > 0:
+            row = self.stories[rng.integers(len(self.stories))]
+            n = len(row[0]) - 1
+            if n > wanted and rng.random() * n >= wanted:  # so the mean is exact, although stories are not cut
+                break
+            rows.append(row)
+            wanted -= n
+        return own + by_length(rows, self.batches.batch_size)
+
+    def fingerprint(self):
+        stories = fingerprint(np.array(ids, np.int32) for ids, _ in self.stories)
+        return f"{self.batches.fingerprint()} {stories}"
 
 
 class TokenBatches:

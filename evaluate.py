@@ -306,10 +306,10 @@ def highest_rouge2(stories, training):
 # ---- all of it ----
 
 def evaluate(model, tokenizer, rows, base=None, plain=(), training=(), samples=2, seed=1337, temperature=0.2, top_p=0.9,
-             top_k=30, max_new_tokens=400, detect=None, progress=False):
+             top_k=30, max_new_tokens=400, detect=None, progress=False, with_floor=True):
     """-> the dict of eval.json, without args.
 
-    rows: of `read_rows`. base: the untuned model with the same tokenizer, for floor, gen_nll and base_nll. plain:
+    rows: of `read_rows`. base: the untuned model with the same tokenizer, for gen_nll, base_nll and the floor. plain:
     held-out stories. training: the stories that the model was trained on. detect: a features.Detector; without one only
     对话 is checked. Losses are in nats per token. The same seed gives the same dict.
     """
@@ -323,6 +323,7 @@ def evaluate(model, tokenizer, rows, base=None, plain=(), training=(), samples=2
     result, floor = obedience(rows, told, seed, detect) | {"by_source": {}}, None
     if base is not None:
         base.eval()
+    if base is not None and with_floor:
         written, _ = write_stories(base, tokenizer, instructions, samples, seed, sampling, quiet)
         floor = obedience(rows, written, seed, detect)
     stories = [story for some in told for story in some]

@@ -17,9 +17,9 @@ from tqdm import tqdm
 import lora
 from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model, write_atomic
 from cli import fail, fraction, not_negative, positive
-from dataset import PairBatches, by_length, encode_pairs, encode_prompt, varied_prompts
+from dataset import PairBatches, Replay, by_length, encode_pairs, encode_prompt, encode_stories, varied_prompts
 from model import IGNORE
-from records import read_instructions, split_by_story
+from records import read_instructions, read_stories, split_by_story
 from sample import pick_device, pick_dtype, tell_cases
 
 
@@ -63,7 +63,7 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def train(model, write, batches, val_batches, args, state=None):
+def train(model, write, batches, val_batches, args, state=None, make_optimizer=torch.optim.AdamW):
     """Train what of `model` requires a gradient, in place, and keep the run directory args.out. Returns the best
     validation loss (None without one).
 
@@ -87,8 +87,8 @@ def train(model, write, batches, val_batches, args, state=None):
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]  # no decay on norm gains
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2),
-                                  fused=device.type in ("cpu", "cuda", "mps", "xpu"))
+    optimizer = make_optimizer(groups, lr=args.lr, betas=(args.beta1, args.beta2),
+                               fused=device.type in ("cpu", "cuda", "mps", "xpu"))
     forward = torch.compile(model) if args.compile else model
 
     done, best = 0, None  # optimizer steps made; the best [validation loss, step] so far
@@ -194,6 +194,15 @@ def open_run(args, done):
     return log
 
 
+def smooth(values):
+    """Exponential means over about 20 values, without the bias towards the start."""
+    mean, weight, means = 0.0, 0.0, []
+    for value in values:
+        mean, weight = 0.95 * mean + 0.05 * value, 0.95 * weight + 0.05
+        means.append(mean / weight)
+    return means
+
+
 def plot(out):
     """loss.png from log.jsonl: the raw loss pale, smoothed on top, the validation points; below, the learning rate."""
     import matplotlib
@@ -206,12 +215,8 @@ def plot(out):
     fig, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained")
     if steps:
         at, loss, lr = zip(*steps)
-        smooth, weight, curve = 0.0, 0.0, []
-        for value in loss:  # exponential mean over about 20 steps, without the bias towards its start
-            smooth, weight = 0.95 * smooth + 0.05 * value, 0.95 * weight + 0.05
-            curve.append(smooth / weight)
         top.plot(at, loss, color="tab:blue", alpha=0.25, linewidth=1, label="training, each step")
-        top.plot(at, curve, color="tab:blue", label="training, smoothed")
+        top.plot(at, smooth(loss), color="tab:blue", label="training, smoothed")
         bottom.plot(at, lr, color="tab:gray")
     if points:
         top.plot(*zip(*points), "o-", color="tab:orange", markersize=5, linewidth=1, label="validation")
@@ -294,6 +299,10 @@ def sft_parser(description):
                         help="of the constraints: as they stand, or drawn anew in each epoch (default: %(default)s)")
     parser.add_argument("--drop", type=fraction, default=0.0, help="chance of each constraint to be left out, drawn "
                                                                    "anew in each epoch; one stays (default: 0)")
+    parser.add_argument("--replay", type=fraction, default=0.0, help="add whole plain stories, as in pretraining, until "
+                                                                     "they are this share of supervised tokens "
+                                                                     "(default: 0)")
+    parser.add_argument("--replay-data", type=Path, help="their file (default: the base's own pretraining texts)")
     return parser
 
 
@@ -334,6 +343,22 @@ def builtin_records():
     return list(generate.instructions(told, BUILTIN_SEED))
 
 
+REPLAYED = 5000  # texts of the base's pretraining that --replay draws from
+
+
+def load_replay(args, tokenizer):
+    """-> the plain stories of --replay, encoded. Raises ValueError without any."""
+    if args.replay_data:
+        texts = read_stories(args.replay_data)
+    elif args.data is None:
+        import pretrain
+        from data import books
+        texts = books.texts(REPLAYED, pretrain.BUILTIN_SEED)
+    else:
+        raise ValueError("--replay with --data needs --replay-data, the plain stories of the base's pretraining")
+    return encode_stories(tokenizer, texts, args.block_size, "replay")
+
+
 def builtin_base():
     """The base model that ships. Raises ValueError if it is not there."""
     base = find_base()
@@ -357,12 +382,14 @@ def load_batches(args, model, tokenizer, state):
         fitting = [i for i, _ in pairs if len(encode_prompt(tokenizer, i)) < args.block_size]
         prompt = varied_prompts(tokenizer, fitting, args.order == "sample", args.drop)
     batches = PairBatches(rows, args.batch_size, args.grad_accum, args.seed, prompt=prompt)
+    if args.replay:
+        batches = Replay(batches, load_replay(args, tokenizer), args.replay)
     if state and state["data"] != batches.fingerprint():
         raise ValueError(f"--resume: the data is not what {args.out} was trained on")
     return batches, by_length(val_rows, args.batch_size)
 
 
-def main(argv=None):
+def main(argv=None, make_optimizer=torch.optim.AdamW):
     args = parse_args(argv)
     state = None
     try:
@@ -377,7 +404,8 @@ def main(argv=None):
         fail(e)
     torch.manual_seed(args.seed)
     try:
-        train(model, lambda directory: save_model(directory, model, tokenizer), batches, val_batches, args, state)
+        train(model, lambda directory: save_model(directory, model, tokenizer), batches, val_batches, args, state,
+              make_optimizer)
     except FloatingPointError as e:
         raise SystemExit(f"train_sft.py: {e}") from None
     best, tokenizer = load_model(args.out)

@@ -1,79 +1,83 @@
-"""reproduce.py at toy size."""
+"""reproduce.py at toy size: every experiment, and verdicts that follow from the numbers."""
 import csv
 import json
+import re
+import statistics
 
 import pytest
+import torch
 
+import pretrain
 import reproduce
+import runs
+import sweep
+import train_sft
+from conftest import STORIES
 
 
 @pytest.fixture
-def few(monkeypatch):
-    methods = [("full", None, None), ("q+v", 8, "q_proj,v_proj"), ("all-linear", 64, "all-linear")]
-    monkeypatch.setattr(reproduce, "METHODS", methods)
-    return methods
+def toy(model_dir, pairs, tmp_path, monkeypatch):
+    """-> argv of reproduce.py for a model of 2 layers and 20 steps of 2 rows."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
+    (data / "train.jsonl").write_text("".join(rows[8:]), encoding="utf-8")
+    (data / "val.jsonl").write_text("".join(rows[:8]), encoding="utf-8")
+    (data / "stories.jsonl").write_text("".join(json.dumps({"text": s}, ensure_ascii=False) + "\n" for s in STORIES),
+                                        encoding="utf-8")
+    monkeypatch.setattr(runs, "JUDGED", 3)
+    monkeypatch.setattr(reproduce, "MIXES", (0.0, 1.0))
+    monkeypatch.setattr(reproduce, "SIZES", (8, 16))
+    monkeypatch.setattr(reproduce, "STUDY_RANKS", (8, 32))
+    monkeypatch.setattr(reproduce, "LEAKY_STORIES", 16)
+    monkeypatch.setattr(runs.train_sft, "plot", lambda out: None)
+    return ["--init", str(model_dir), "--data", str(data), "--out", str(tmp_path / "out"), "--steps", "20"]
 
 
-def test_the_sweep_at_toy_size_is_resumed_and_not_run_twice(model_dir, pairs_file, tmp_path, few, monkeypatch, capsys):
-    monkeypatch.setattr(reproduce, "SEEDS", (1, 2))
-    monkeypatch.setattr(reproduce, "FULL_LRS", (1e-3, 1e-2))
-    monkeypatch.setattr(reproduce, "LORA_LRS", (1e-2,))
-    monkeypatch.setattr(reproduce, "WIDENED", 0)
-    monkeypatch.setattr(reproduce, "METHODS", few[:2])
-    argv = ["lora-sweep", "--init", str(model_dir), "--data", str(pairs_file), "--out", str(tmp_path), "--steps", "3",
-            "--dtype", "32-true", "--no-evaluate"]
-    reproduce.main(argv)
-    rows = list(csv.DictReader(open(tmp_path / "lora-sweep.csv", encoding="utf-8")))
-    assert [(row["method"], row["lr"], row["seed"]) for row in rows] == [
-        ("full fine-tuning", "0.001", "1"), ("full fine-tuning", "0.01", "1"), ("LoRA r=8, q+v", "0.01", "1"),
-        ("full fine-tuning", "0.01", "2"), ("LoRA r=8, q+v", "0.01", "2")]
-    assert all(float(row["loss"]) < float(row["base_loss"]) for row in rows)
-    assert (tmp_path / "lora-sweep.png").stat().st_size > 5000
-    said = capsys.readouterr().out
-    assert said.endswith((tmp_path / "lora-sweep.md").read_text(encoding="utf-8")) and "100.0%" in said
-    ran = list((tmp_path / "runs").glob("*/done.json"))
-    assert len(ran) == 5
-    before = [p.stat().st_mtime_ns for p in ran]
-    reproduce.main(argv)
-    assert [p.stat().st_mtime_ns for p in ran] == before
-    reproduce.main([*argv, "--steps", "2"])
-    assert len(list((tmp_path / "runs").glob("*/done.json"))) == 10
+def verdicts(out):
+    """{finding: (mean, verdict)} of report.md's last table."""
+    last = (out / "report.md").read_text(encoding="utf-8").split("## Verdicts")[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in last.splitlines() if line.startswith("|")]
+    return {row[0]: (row[2], row[4]) for row in rows[2:]}
 
 
-def outcome(losses):
-    """{(method number, lr): loss} of a made-up landscape in place of training."""
-    def train(argv, args):
-        lr, seed = (float(argv[argv.index(flag) + 1]) for flag in ("--lr", "--seed"))
-        method = 0 if argv[0] == "train_sft.py" else 1 if "q_proj,v_proj" in argv else 2
-        return {"base_loss": 2.0, "loss": losses(method, lr, seed), "seconds": 1.0, "directory": None}
-    return train
+def test_all_experiments_and_a_finding_that_does_not_hold(toy, tmp_path, capsys):
+    out = tmp_path / "out"
+    reproduce.main(toy)
+    assert "report.html" in capsys.readouterr().out
+    table = list(csv.DictReader(open(out / "runs.csv", encoding="utf-8")))
+    assert {row["experiment"] for row in table} == set("0123456")
+    assert {row["seed"] for row in table} == {"1", "2", "3"}
 
+    # a verdict is the t interval of the differences in runs.csv
+    def losses(key):
+        return [float(row["loss"]) for row in table if row["experiment"] == "1" and row["key"] == key]
+    differences = [a - b for a, b in zip(losses("run 1"), losses("run 2"))]
+    half = 4.303 * statistics.stdev(differences) / 3 ** 0.5
+    found = verdicts(out)
+    mean = statistics.fmean(differences)
+    assert found["lr 5e-4 beats 1e-4"] == (f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]",
+                                          "holds" if mean > half else "undecided")
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert not re.findall(r'(?:src|href)="(?!data:)', report) and report.count("<img") == 5
+    assert (out / "report.md").read_text(encoding="utf-8").count("汤姆和杰瑞") == 1
 
-def test_the_grid_is_widened_at_its_edges_and_the_shares_follow_from_the_losses(tmp_path, model_dir, few, monkeypatch):
-    best = [5e-4, 2e-2, 2e-3]  # inside, above, inside
-    ends = [1.0, 1.5, 1.1]
+    # bf16-true loses small updates, and stochastic rounding does not
+    unchanged = {key: [float(r["unchanged"]) for r in table if r["experiment"] == "1" and r["key"] == f"{key} 0.0001"]
+                 for key in ("bf16-true", "bf16-mixed", "stochastic")}
+    assert min(unchanged["bf16-true"]) > max(unchanged["stochastic"]) > max(unchanged["bf16-mixed"])
 
-    def losses(method, lr, seed):
-        if method == 2 and lr == 5e-3:
-            return None  # diverged
-        return ends[method] + 0.01 * seed + abs(lr / best[method] - 1) * 0.1
-
-    monkeypatch.setattr(reproduce, "train", outcome(losses))
-    monkeypatch.setattr(reproduce, "figure", lambda results, path: None)
-    reproduce.main(["lora-sweep", "--init", str(model_dir), "--out", str(tmp_path), "--no-evaluate"])
-    rows = list(csv.DictReader(open(tmp_path / "lora-sweep.csv", encoding="utf-8")))
-    lrs = {m: {float(r["lr"]) for r in rows if r["method"] == m} for m in dict.fromkeys(r["method"] for r in rows)}
-    assert list(lrs.values()) == [{1e-4, 5e-4, 2e-3}, {5e-4, 2e-3, 5e-3, 1.25e-2, 3.125e-2}, {5e-4, 2e-3, 5e-3}]
-    results = {(m, float(r["lr"]), int(r["seed"])): {"base_loss": 2.0, "loss": float(r["loss"]) if r["loss"] else None}
-               for m in few for r in rows if r["method"] == reproduce.label(m)}
-    (_, full_lr, full, _, ones), (_, lr, _, _, _), (_, _, loss, of_seed, shares) = reproduce.summarize(results)
-    assert full_lr == 5e-4 and full == pytest.approx(1.02) and set(ones.values()) == {1.0}
-    assert lr == 1.25e-2 and loss == pytest.approx(1.12) and len(of_seed) == 3
-    assert shares[1] == pytest.approx((2 - 1.11) / (2 - 1.01))
-    assert json.dumps(reproduce.digest(["a"], "b")) != json.dumps(reproduce.digest(["a"], "c"))
-
-
-def test_mistakes(tmp_path, refused):
-    refused(reproduce.main, ["lora-sweep", "--init", tmp_path], tmp_path)
-    refused(reproduce.main, ["lora-sweep", "--steps", "0"], "--steps")
-    refused(reproduce.main, [], "experiment")
+    # nothing is run twice, and other numbers give other verdicts
+    lab = runs.Lab(toy[1], toy[3], out, 20)
+    lab.seeds = reproduce.SEEDS
+    for name in ("run 1", "run 2"):
+        for seed, value in zip(reproduce.SEEDS, (1.0, 1.01, 1.02)):
+            path = lab.directory(reproduce.study_run(lab, name, seed)) / "done.json"
+            planted = json.loads(path.read_text(encoding="utf-8")) | {"loss": value + 0.1 * (name == "run 2") + seed / 1e3}
+            path.write_text(json.dumps(planted), encoding="utf-8")
+    path = lab.directory(reproduce.study_run(lab, "run 2", 3)) / "done.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("1.123", "1.12"), encoding="utf-8")
+    done = {p: p.stat().st_mtime_ns for p in out.glob("runs/*/*.json")}
+    reproduce.main(toy)
+    assert done == {p: p.stat().st_mtime_ns for p in out.glob("runs/*/*.json")}
+    assert verdicts(out)["lr 5e-4 beats 1e-4"][1] == "does not hold"
