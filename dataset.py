@@ -63,7 +63,7 @@ def encode_stories(tokenizer, texts, block_size, name):
     Only whole ones are kept; the others are counted and printed. Raises ValueError if none is left."""
     encoded = [[tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
     kept = [(ids, ids) for ids in encoded if len(ids) - 1 <= block_size]
-    print(f"{name}: {len(kept)} plain stories; {len(encoded) - len(kept)} left out, longer than --block-size {block_size}")
+    print(f"{name}: {len(kept)} plain stories; {len(encoded) - len(kept)} do not fit into --block-size {block_size}")
     if not kept:
         raise ValueError(f"{name}: no plain story fits into --block-size {block_size}")
     return kept

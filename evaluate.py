@@ -40,7 +40,6 @@ from constraints import (
     tells,
 )
 from dataset import by_length
-from features import gram_hashes
 from model import IGNORE
 from records import read_records, read_stories, text_field
 from sample import continue_all, encode, find_model, pick_device
@@ -263,23 +262,55 @@ def repetition(stories):
     return found
 
 
+class Grams:
+    """Hashes of n-grams of texts, for any n: of all texts' characters c, one behind the other, S(k) = sum of c(j) B^j over
+    j < k, modulo 2^64; the gram of n at i is (S(i + n) - S(i)) / B^i (Karp and Rabin 1987)."""
+
+    BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse
+
+    def __init__(self, texts):
+        codes = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32).astype(np.uint64)
+        lengths = np.array([len(text) for text in texts], np.int64)
+        self.owner = np.repeat(np.arange(len(texts)), lengths)
+        self.end = np.repeat(np.cumsum(lengths), lengths)  # of the text that a character belongs to
+        powers, self.inverse = (np.cumprod(np.r_[np.uint64(1), np.full(len(codes), base, np.uint64)])
+                                for base in (self.BASE, pow(self.BASE, -1, 1 << 64)))
+        self.sums = np.r_[np.uint64(0), np.cumsum(codes * powers[:-1])]
+
+    def at(self, start, n):
+        """-> (those of the positions `start` at which n characters are left, the hashes of their n-grams)."""
+        start = start[start + n <= self.end[start]]
+        return start, (self.sums[start + n] - self.sums[start]) * self.inverse[start]
+
+
+def isin(values, others):
+    """np.isin, by bisection: the few are sorted, the many are not."""
+    others = np.sort(others)
+    found = np.searchsorted(others, values)
+    return (found < len(others)) & (others[np.minimum(found, len(others) - 1)] == values) if len(others) else found < 0
+
+
 def longest_common(stories, training):
     """For each story the length of its longest substring that some training story has too, found by bisection over n:
-    are any of its n-grams among theirs?"""
+    are any of its n-grams among theirs? Where no n-gram is shared, no longer one need be looked for."""
+    ours, theirs = Grams(stories), Grams(training)
     longest = np.zeros(len(stories), int)
 
-    def bisect(which, lo, hi):  # their longest is at least lo and below hi
+    def bisect(which, lo, hi, start, theirs_start):  # their longest is at least lo and below hi; starts of shared grams
         if hi - lo == 1 or not len(which):
             longest[which] = lo
             return
         middle = (lo + hi) // 2
-        ours, owner = gram_hashes([stories[i] for i in which], middle)
-        shared = np.isin(ours, gram_hashes(training, middle)[0])
-        has = np.isin(np.arange(len(which)), owner[shared])
-        bisect(which[~has], lo, middle)
-        bisect(which[has], middle, hi)
+        a, a_hashes = ours.at(start[np.isin(ours.owner[start], which)], middle)
+        b, b_hashes = theirs.at(theirs_start, middle)
+        b_shared = isin(b_hashes, a_hashes)
+        a_shared = isin(a_hashes, b_hashes[b_shared])
+        has = np.isin(which, ours.owner[a[a_shared]])
+        bisect(which[~has], lo, middle, start, theirs_start)
+        bisect(which[has], middle, hi, a[a_shared], b[b_shared])
 
-    bisect(np.arange(len(stories)), 0, max(map(len, stories), default=0) + 1)
+    bisect(np.arange(len(stories)), 0, max(map(len, stories), default=0) + 1, np.arange(len(ours.owner)),
+           np.arange(len(theirs.owner)))
     return longest.tolist()
 
 

@@ -71,8 +71,9 @@ def as_html(block):
         caption = html.escape(content[1])
         return (f'<figure><img alt="{caption}" src="data:image/png;base64,{image}"><figcaption>{caption}</figcaption>'
                 "</figure>")
-    return "".join(f"<h3>{html.escape(prompt).replace(chr(10), '<br>')} (temperature {temperature})</h3><table>" + "".join(
-        f"<tr><th>{html.escape(run)}</th><td>{html.escape(story)}</td></tr>" for run, story in told) + "</table>"
+    return "".join(
+        f"<h3>{html.escape(prompt).replace(chr(10), '<br>')} (temperature {temperature})</h3><table>" + "".join(
+            f"<tr><th>{html.escape(run)}</th><td>{html.escape(story)}</td></tr>" for run, story in told) + "</table>"
         for prompt, temperature, told in content)
 
 

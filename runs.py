@@ -1,4 +1,4 @@
-"""One training run, made once: it is found again by a hash of its arguments. reproduce.py and sweep.py are made of these.
+"""One training run, made once: it is found again by a hash of its arguments. reproduce.py and sweep.py run these.
 
 Here are also the two optimizers that the experiments need and training does not.
 """
@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import json
+import shutil
 import statistics
 import time
 from dataclasses import dataclass
@@ -207,9 +208,8 @@ class Lab:
                 for p, average in zip(params, averages):
                     p.data = average
                 save_model(directory / "ema", tuned, tokenizer)
-        for path in (model / "last").glob("*"):
-            path.unlink()
         write_atomic(directory / "done.json", lambda p: p.write_text(json.dumps(result, ensure_ascii=False), "utf-8"))
+        shutil.rmtree(model / "last")
 
     def load(self, run):
         """-> (model in float32, tokenizer) of a finished run or a mix of its weights."""

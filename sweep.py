@@ -67,15 +67,17 @@ def sweep(lab, seeds, evaluate):
 
 
 def best(lab, seed):
-    """-> (method, lr) of the LoRA that ended lowest in the sweep that was made in this laboratory, or None."""
+    """-> {"best full": (method, lr), "best LoRA": (method, lr)}: what ended lowest in the sweep that was made in this
+    laboratory. Empty without one."""
     path = lab.out / "lora-sweep.csv"
-    if not path.is_file():
-        return None
-    named = {label(method): method for method in METHODS if method[1]}
-    rows = [row for row in csv.DictReader(open(path, encoding="utf-8"))
-            if row["method"] in named and row["seed"] == str(seed) and row["loss"]]
-    rows.sort(key=lambda row: float(row["loss"]))
-    return (named[rows[0]["method"]], float(rows[0]["lr"])) if rows else None
+    rows = list(csv.DictReader(open(path, encoding="utf-8"))) if path.is_file() else []
+    named = {label(method): method for method in METHODS}
+    found = {}
+    rows = [row for row in rows if row["method"] in named and row["seed"] == str(seed) and row["loss"]]
+    for row in sorted(rows, key=lambda row: float(row["loss"]), reverse=True):
+        method = named[row["method"]]
+        found["best LoRA" if method[1] else "best full"] = method, float(row["lr"])
+    return found
 
 
 def summarize(results, seeds):

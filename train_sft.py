@@ -299,9 +299,8 @@ def sft_parser(description):
                         help="of the constraints: as they stand, or drawn anew in each epoch (default: %(default)s)")
     parser.add_argument("--drop", type=fraction, default=0.0, help="chance of each constraint to be left out, drawn "
                                                                    "anew in each epoch; one stays (default: 0)")
-    parser.add_argument("--replay", type=fraction, default=0.0, help="add whole plain stories, as in pretraining, until "
-                                                                     "they are this share of supervised tokens "
-                                                                     "(default: 0)")
+    parser.add_argument("--replay", type=fraction, default=0.0, help="add whole plain stories, as in pretraining: this "
+                                                                     "share of all supervised tokens (default: 0)")
     parser.add_argument("--replay-data", type=Path, help="their file (default: the base's own pretraining texts)")
     return parser
 

@@ -6,13 +6,13 @@ import statistics
 
 import pytest
 import torch
+from conftest import STORIES
 
 import pretrain
 import reproduce
 import runs
 import sweep
 import train_sft
-from conftest import STORIES
 
 
 @pytest.fixture
@@ -67,17 +67,211 @@ def test_all_experiments_and_a_finding_that_does_not_hold(toy, tmp_path, capsys)
                  for key in ("bf16-true", "bf16-mixed", "stochastic")}
     assert min(unchanged["bf16-true"]) > max(unchanged["stochastic"]) > max(unchanged["bf16-mixed"])
 
-    # nothing is run twice, and other numbers give other verdicts
+    # what is judged is judged whole
+    judged = json.loads(next(out.glob("runs/*/eval.json")).read_text(encoding="utf-8"))
+    assert judged["gen_nll"] and judged["floor"] is None and len(judged["cases"]) == 8
+
+    # nothing is run twice, and other numbers give another verdict
     lab = runs.Lab(toy[1], toy[3], out, 20)
-    lab.seeds = reproduce.SEEDS
-    for name in ("run 1", "run 2"):
-        for seed, value in zip(reproduce.SEEDS, (1.0, 1.01, 1.02)):
+    for name, values in (("run 1", (1.0, 1.01, 1.02)), ("run 2", (1.1, 1.12, 1.12))):
+        for seed, value in zip(reproduce.SEEDS, values):
             path = lab.directory(reproduce.study_run(lab, name, seed)) / "done.json"
-            planted = json.loads(path.read_text(encoding="utf-8")) | {"loss": value + 0.1 * (name == "run 2") + seed / 1e3}
+            planted = json.loads(path.read_text(encoding="utf-8")) | {"loss": value}
             path.write_text(json.dumps(planted), encoding="utf-8")
-    path = lab.directory(reproduce.study_run(lab, "run 2", 3)) / "done.json"
-    path.write_text(path.read_text(encoding="utf-8").replace("1.123", "1.12"), encoding="utf-8")
     done = {p: p.stat().st_mtime_ns for p in out.glob("runs/*/*.json")}
     reproduce.main(toy)
     assert done == {p: p.stat().st_mtime_ns for p in out.glob("runs/*/*.json")}
-    assert verdicts(out)["lr 5e-4 beats 1e-4"][1] == "does not hold"
+    mean, verdict = verdicts(out)["lr 5e-4 beats 1e-4"]
+    assert mean.startswith("-0.1033 [") and verdict == "does not hold"
+
+
+def test_quick_and_interrupted(toy, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def killed_once(argv, **more):
+        calls.append(argv)
+        if len(calls) == 3:
+            raise SystemExit(130)
+        train_sft.main(argv, **more)
+
+    monkeypatch.setitem(runs.PROGRAMS, "train_sft.py", killed_once)
+    argv = [*toy[:-2], "--quick", "--steps", "2"]
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main(argv)
+    assert stopped.value.code == 130
+    out = tmp_path / "out"
+    assert len(list(csv.DictReader(open(out / "runs.csv", encoding="utf-8")))) == 3  # of two runs, one in two roles
+    reproduce.main(argv)
+    table = list(csv.DictReader(open(out / "runs.csv", encoding="utf-8")))
+    assert {(row["experiment"], row["seed"]) for row in table} == {("1", "1"), ("2", "1")}
+    assert {row["plain_nll"] for row in table} == {""}  # losses only
+    assert {verdict for _, verdict in verdicts(out).values()} == {"undecided"}
+    assert len(calls) == 4 + 12 - 3 + 1  # the four runs; the grid, of which three are among them; the one cut short
+
+
+def test_a_base_of_a_quarter_of_the_tokens(model_dir, tmp_path, monkeypatch):
+    for module in (runs, train_sft):
+        monkeypatch.setattr(module, "find_base", lambda: model_dir)
+    for module, name, value in ((train_sft, "BUILTIN_STORIES", 60), (pretrain, "BUILTIN_TEXTS", 60),
+                                (pretrain, "BUILTIN_VAL", 8), (pretrain, "BUILTIN_TOKENIZER", 60), (runs, "JUDGED", 2),
+                                (reproduce, "SIZES", (10, 20))):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(runs.evaluate, "builtin_training", lambda: STORIES[:9])
+    reproduce.main(["--only", "0", "--out", str(tmp_path), "--steps", "2"])
+    table = list(csv.DictReader(open(tmp_path / "runs.csv", encoding="utf-8")))
+    [quarter] = [row for row in table if row["key"] == "pretraining a quarter"]
+    assert "--epochs 0.25" in quarter["command"]
+    before = {row["key"]: float(row["base_loss"]) for row in table if row["key"].startswith("base")}
+    assert before["base of a quarter"] != before["base"] and len(table) == 3 * (4 + 2) + 1
+    assert "base of a quarter" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in open(tmp_path / "data" / "10-all permutations.jsonl", encoding="utf-8")]
+    assert len({row["output"] for row in rows}) == 10 < len(rows)
+    held = {json.loads(line)["output"] for line in open(tmp_path / "data" / "val.jsonl", encoding="utf-8")}
+    assert held and not held & {row["output"] for row in rows}
+
+
+def test_verdicts():
+    def verdict(*differences):
+        return reproduce.Finding("", "", list(differences)).verdict()
+    assert verdict(0.10, 0.11, 0.12) == "holds" and verdict(-0.10, -0.11, -0.12) == "does not hold"
+    assert verdict(0.1, -0.1, 0.05) == "undecided"
+    assert verdict(0.1, 0.11) == "undecided" and verdict() == "not run"
+    mean, lo, hi = reproduce.Finding("", "", [1.0, 2.0, 3.0]).interval()
+    assert (mean, lo, hi) == pytest.approx((2, 2 - 4.303 / 3 ** 0.5, 2 + 4.303 / 3 ** 0.5))
+
+
+def test_the_leaky_split_leaks_and_ours_does_not(toy, tmp_path):
+    lab = runs.Lab(toy[1], toy[3], tmp_path / "out", 2)
+    sides = [{story for _, story in reproduce.leaky(lab, side)} for side in ("train", "val")]
+    assert sides[1] and not sides[0] & {story for _, story in lab.pairs[1]}
+    rows = [reproduce.leaky(lab, side) for side in ("train", "val")]
+    assert sorted(rows[0] + rows[1]) == sorted(reproduce.arranged(lab, 16, "all permutations"))
+
+
+# ---- the optimizers ----
+
+def steps_of(optimizer, weights, gradients, **settings):
+    params = [torch.nn.Parameter(weights.clone())]
+    made = optimizer(params, lr=1e-3, betas=(0.9, 0.95), **settings)
+    seen = []
+    for gradient in gradients:
+        params[0].grad = gradient.to(weights.dtype)
+        made.step()
+        seen.append(params[0].detach().clone())
+    return made, seen
+
+
+def test_watching_changes_nothing_and_averages():
+    torch.manual_seed(0)
+    weights, gradients = torch.randn(50), [torch.randn(50) for _ in range(6)]
+    _, plain = steps_of(torch.optim.AdamW, weights, gradients, fused=True)
+    watched, same = steps_of(runs.Watched, weights, gradients, horizon=4, fused=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, same))
+    average = plain[0]
+    for step in plain[1:]:
+        average = average + (step - average) / 4
+    [state] = watched.state_dict()["state"].values()
+    torch.testing.assert_close(state["ema"], average)
+    group = watched.param_groups[0]
+    assert group["counted"] == 6 and group["unchanged"] < 0.1
+
+
+def test_stochastic_rounding():
+    torch.manual_seed(0)
+    x = torch.cat([torch.full((40000,), 1 + 2 ** -10), torch.full((40000,), -3 - 2 ** -9), torch.tensor([1.5, 0.0])])
+    y = runs.stochastic_round(x)
+    assert y.dtype == torch.bfloat16 and y[-2:].tolist() == [1.5, 0.0]
+    assert set(y[:40000].tolist()) == {1.0, 1 + 2 ** -7} and set(y[40000:-2].tolist()) == {-3.0, -3 - 2 ** -6}
+    assert y[:40000].float().mean() == pytest.approx(1 + 2 ** -10, abs=1e-4)
+
+
+def test_stochastic_adamw_moves_where_bfloat16_stands_still():
+    torch.manual_seed(0)
+    weights = torch.full((20000,), 1.0)  # lr 1e-3 is a quarter of bfloat16's step below 1
+    gradients = [torch.ones(20000)] * 3
+    _, exact = steps_of(torch.optim.AdamW, weights, gradients, weight_decay=0.1)
+    still, seen = steps_of(runs.Watched, weights.bfloat16(), gradients, horizon=4, weight_decay=0.1, fused=True)
+    assert torch.equal(seen[-1], weights.bfloat16()) and still.param_groups[0]["unchanged"] == 3
+    _, moved = steps_of(runs.StochasticAdamW, weights.bfloat16(), gradients, horizon=4, weight_decay=0.1)
+    assert moved[-1].float().mean() == pytest.approx(exact[-1].mean().item(), abs=1e-4)
+
+
+# ---- lora-sweep ----
+
+@pytest.fixture
+def few(monkeypatch):
+    methods = [("full", None, None), ("q+v", 8, "q_proj,v_proj"), ("all-linear", 64, "all-linear")]
+    monkeypatch.setattr(sweep, "METHODS", methods)
+    return methods
+
+
+def test_the_sweep_at_toy_size_is_resumed_and_not_run_twice(toy, tmp_path, few, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "SEEDS", (1, 2))
+    monkeypatch.setattr(sweep, "FULL_LRS", (1e-3, 1e-2))
+    monkeypatch.setattr(sweep, "LORA_LRS", (1e-2,))
+    monkeypatch.setattr(sweep, "WIDENED", 0)
+    monkeypatch.setattr(sweep, "METHODS", few[:2])
+    out = tmp_path / "out"
+    argv = ["lora-sweep", *toy[:-1], "3"]
+    reproduce.main(argv)
+    rows = list(csv.DictReader(open(out / "lora-sweep.csv", encoding="utf-8")))
+    assert [(row["method"], row["lr"], row["seed"]) for row in rows] == [
+        ("full fine-tuning", "0.001", "1"), ("full fine-tuning", "0.01", "1"), ("LoRA r=8, q+v", "0.01", "1"),
+        ("full fine-tuning", "0.01", "2"), ("LoRA r=8, q+v", "0.01", "2")]
+    assert all(float(row["loss"]) < float(row["base_loss"]) for row in rows)
+    assert (out / "lora-sweep.png").stat().st_size > 5000
+    said = capsys.readouterr().out
+    assert said.endswith((out / "lora-sweep.md").read_text(encoding="utf-8")) and "100.0%" in said
+    assert said.count("LoRA r=8, q+v") == 2  # its loss, and its rates
+    ran = list((out / "runs").glob("*/done.json"))
+    assert len(ran) == 5
+    before = [p.stat().st_mtime_ns for p in ran]
+    reproduce.main(argv)
+    assert [p.stat().st_mtime_ns for p in ran] == before
+    lab = runs.Lab(toy[1], toy[3], out, 3)
+    assert sweep.best(lab, 1) == {"best full": (few[0], 0.01), "best LoRA": (few[1], 0.01)}
+    reproduce.main([*argv, "--steps", "2", "--no-evaluate"])
+    assert len(list((out / "runs").glob("*/done.json"))) == 10
+
+
+def outcome(losses):
+    """Losses of a made-up landscape in place of training."""
+    def train(lab, run):
+        lr, seed = (float(run.argv[run.argv.index(flag) + 1]) for flag in ("--lr", "--seed"))
+        method = 0 if run.argv[0] == "train_sft.py" else 1 if "q_proj,v_proj" in run.argv else 2
+        return {"base_loss": 2.0, "loss": losses(method, lr, seed), "seconds": 1.0}
+    return train
+
+
+def test_the_grid_is_widened_at_its_edges_and_the_shares_follow_from_the_losses(tmp_path, model_dir, few, monkeypatch):
+    best = [5e-4, 2e-2, 2e-3]  # inside, above, inside
+    ends = [1.0, 1.5, 1.1]
+
+    def losses(method, lr, seed):
+        if method == 2 and lr == 5e-3:
+            return None  # diverged
+        return ends[method] + 0.01 * seed + abs(lr / best[method] - 1) * 0.1
+
+    monkeypatch.setattr(runs.Lab, "train", outcome(losses))
+    monkeypatch.setattr(sweep, "figure", lambda results, seeds, path: None)
+    reproduce.main(["lora-sweep", "--init", str(model_dir), "--out", str(tmp_path), "--no-evaluate"])
+    rows = list(csv.DictReader(open(tmp_path / "lora-sweep.csv", encoding="utf-8")))
+    lrs = {m: {float(r["lr"]) for r in rows if r["method"] == m} for m in dict.fromkeys(r["method"] for r in rows)}
+    assert list(lrs.values()) == [{1e-4, 5e-4, 2e-3}, {5e-4, 2e-3, 5e-3, 1.25e-2, 3.125e-2}, {5e-4, 2e-3, 5e-3}]
+    results = {(m, float(r["lr"]), int(r["seed"])): {"base_loss": 2.0, "loss": float(r["loss"]) if r["loss"] else None}
+               for m in few for r in rows if r["method"] == sweep.label(m)}
+    (_, full_lr, full, _, ones), (_, lr, _, _, _), (_, _, loss, of_seed, shares) = sweep.summarize(results, (1, 2, 3))
+    assert full_lr == 5e-4 and full == pytest.approx(1.02) and set(ones.values()) == {1.0}
+    assert lr == 1.25e-2 and loss == pytest.approx(1.12) and len(of_seed) == 3
+    assert shares[1] == pytest.approx((2 - 1.11) / (2 - 1.01))
+    assert runs.digest(["a"], "b") != runs.digest(["a"], "c")
+
+
+def test_mistakes(tmp_path, model_dir, refused):
+    refused(reproduce.main, ["lora-sweep", "--init", tmp_path], tmp_path)
+    refused(reproduce.main, ["--steps", "0"], "--steps")
+    refused(reproduce.main, ["no-sweep"], "no-sweep")
+    refused(reproduce.main, ["--only", "1,9"], "9")
+    refused(reproduce.main, ["--only", "1", "--quick"], "--quick")
+    refused(reproduce.main, ["--preset", "small"], "--init")
+    refused(reproduce.main, ["--preset", "small", "--init", model_dir, "--data", tmp_path], "n_layer")
