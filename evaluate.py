@@ -263,8 +263,8 @@ def repetition(stories):
 
 
 class Grams:
-    """Hashes of n-grams of texts, for any n: of all texts' characters c, one behind the other, S(k) = sum of c(j) B^j over
-    j < k, modulo 2^64; the gram of n at i is (S(i + n) - S(i)) / B^i (Karp and Rabin 1987)."""
+    """Hashes of n-grams of texts, for any n: with S(k) = sum over j < k of c(j) B^j modulo 2^64, where c are the
+    characters of all texts, the hash of the gram at i is (S(i + n) - S(i)) / B^i (Karp and Rabin 1987)."""
 
     BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse
 

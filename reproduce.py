@@ -355,7 +355,8 @@ def little_data(lab):
             for order in ("one order", "all permutations"):
                 yield (size, order, seed), data_run(lab, size, order, seed), None
     if lab.shipped:
-        pretrained = Run(("pretrain.py", "--epochs", "0.25", "--dtype", "bf16-mixed", "--eval-every", "1000"))
+        pretrained = Run(("pretrain.py", "--epochs", "0.25", "--dtype", "bf16-mixed", "--eval-every", "1000",
+                          "--tokenizer", str(lab.init / "tokenizer.model")))
         yield ("pretraining a quarter", SEEDS[0]), pretrained, None
         for seed in lab.seeds:
             yield ("base of a quarter", seed), study_run(
@@ -512,8 +513,10 @@ EXPERIMENTS = {  # in the order in which they are run: what the others build on 
 
 def work(lab, numbers, evaluate=True):
     """Do what is not done yet; evaluate=False: train only."""
-    jobs = {(run, after if evaluate else None): f"{number}: {', '.join(map(str, key))}"
-            for number in numbers for key, run, after in EXPERIMENTS[number][1](lab)}
+    jobs = {}  # (run, what to do after it) -> its first name
+    for number in numbers:
+        for key, run, after in EXPERIMENTS[number][1](lab):
+            jobs.setdefault((run, after if evaluate else None), f"{number}: {', '.join(map(str, key))}")
     done = {job for job in jobs if lab.is_done(*job)}
     with tqdm(total=len(jobs), initial=len(done), unit="run", dynamic_ncols=True) as bar:
         for (run, after), name in jobs.items():

@@ -2,16 +2,18 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, tiny_config
+from conftest import STORIES, random_model, tiny_config
 
 from dataset import (
     PairBatches,
+    Replay,
     TokenBatches,
     by_length,
     collate,
     encode_pair,
     encode_pairs,
     encode_prompt,
+    encode_stories,
     varied_prompts,
 )
 from model import IGNORE
@@ -142,3 +144,35 @@ def test_prompts_are_drawn_anew_in_every_epoch_and_the_stories_stay(tok):
     before = varied.fingerprint()
     varied(0)
     assert varied.fingerprint() == before == PairBatches(rows, 4, 1, seed=1).fingerprint()  # of the data, not the draw
+
+
+def test_replay_adds_whole_stories_until_they_have_their_share(rows, tok, capsys):
+    long = STORIES[0] * 9
+    stories = encode_stories(tok, [*STORIES[:40], long], 128, "replay")
+    assert "40 plain stories; 1 do not fit" in capsys.readouterr().out
+    assert len(stories) == 40
+    ids, labels = stories[0]
+    assert ids == labels == [tok.eos_id, *tok.encode(STORIES[0]), tok.eos_id]
+    own = PairBatches(rows, 4, 2, 1)
+    for share in (0.1, 0.5):
+        both, again = Replay(own, stories, share), Replay(PairBatches(rows, 4, 2, 1), stories, share)
+        told = {tuple(ids) for ids, _ in stories}
+        supervised = replayed = 0
+        for step in range(300):
+            given, expected = both(step), own(step)
+            assert all(torch.equal(a, b) for pair in zip(given, expected) for a, b in zip(*pair))  # its own rows stay
+            for (x, y), (x2, y2) in zip(given, again(step), strict=True):
+                assert torch.equal(x, x2) and torch.equal(y, y2)
+            supervised += sum((y != IGNORE).sum().item() for _, y in expected)
+            for x, y in given[len(expected):]:
+                assert len(x) <= 4
+                for ids, labels in zip(x, y):
+                    n = (labels != IGNORE).sum().item()
+                    whole = [*ids[:n].tolist(), tok.eos_id]
+                    assert tuple(whole) in told and labels[:n].tolist() == whole[1:]
+                    replayed += n
+        assert replayed / (supervised + replayed) == pytest.approx(share, abs=0.01)
+        assert both.steps_per_epoch == own.steps_per_epoch
+    assert len({Replay(own, stories[:n], 0.5).fingerprint() for n in (39, 40)} | {own.fingerprint()}) == 3
+    with pytest.raises(ValueError, match="no plain story fits"):
+        encode_stories(tok, [long], 128, "replay")

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, random_model, tiny_config
+from conftest import ROOT, STORIES, random_model, tiny_config
 from safetensors.torch import load_file
 
 import train_sft
-from checkpoint import load_last, load_model
+from checkpoint import WEIGHTS, load_last, load_model
 from dataset import PairBatches, collate, encode_pairs
 from train_sft import backward, get_lr
 
@@ -103,6 +103,24 @@ def test_an_interrupted_and_resumed_run_equals_the_straight_one(straight, model_
     for file in ("last/model.safetensors", "model.safetensors"):
         assert (out / file).read_bytes() == (straight[0] / file).read_bytes()
     assert logged(out) == logged(straight[0])
+
+
+def test_replay_changes_training_and_resumes(straight, model_dir, pairs_file, tmp_path, refused):
+    stories = tmp_path / "stories.jsonl"
+    stories.write_text("".join(json.dumps({"text": text}) + "\n" for text in STORIES[:20]), encoding="utf-8")
+    replay = ["--replay", "0.5", "--replay-data", stories]
+    whole, parts = (settings(model_dir, pairs_file, tmp_path / name, *replay) for name in ("whole", "parts"))
+    assert run(whole).returncode == 0
+    assert run(parts, HAPPENS.format("SIGKILL")).returncode == -9
+    assert run([*parts, "--resume"]).returncode == 0
+    assert logged(tmp_path / "whole") == logged(tmp_path / "parts") != logged(straight[0])
+    assert load_file(tmp_path / "whole" / WEIGHTS).keys() == load_file(tmp_path / "parts" / WEIGHTS).keys()
+    for name, value in load_file(tmp_path / "whole" / WEIGHTS).items():
+        assert torch.equal(value, load_file(tmp_path / "parts" / WEIGHTS)[name])
+    refused(train_sft.main, settings(model_dir, pairs_file, tmp_path / "none", "--replay", "0.5"), "--replay-data")
+    refused(train_sft.main, settings(model_dir, pairs_file, tmp_path / "none", "--replay", "1"), "--replay")
+    refused(train_sft.main, settings(model_dir, pairs_file, tmp_path / "none", *replay[:3], tmp_path / "no.jsonl"),
+            "no.jsonl")
 
 
 def test_the_run_directory(straight, model_dir):
