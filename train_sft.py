@@ -4,6 +4,7 @@ Fine-tuning is pretraining with the prompt masked out of the loss. So there is o
 (pretrain.py) and for instruction pairs (here); they differ in the batches they hand it.
 """
 import argparse
+import functools
 import json
 import math
 import shutil
@@ -334,6 +335,7 @@ BUILTIN_STORIES, BUILTIN_SEED = 3000, 2  # fine-tuning's part of the built-in co
 BUILTIN_AUTHORED = 2  # instructions of each authored story
 
 
+@functools.cache  # reproduce.py asks for them run after run
 def builtin_records():
     """Instruction records of built-in stories. The authored ones come twice, under other constraints: 8% of the rows,
     for they are the only ones in a language that no grammar makes, and too few for more."""
