@@ -1,9 +1,11 @@
 """lora.py, the library part: PEFT is the judge. B is random in every test, or it would prove nothing."""
 import json
+import shutil
 
+import conftest
 import pytest
 import torch
-from conftest import random_model, tiny_config
+from conftest import tiny_config
 
 import evaluate
 import lora
@@ -14,9 +16,14 @@ from model import GPT, GPTConfig
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def random_model(config, seed=0):
+    """Small enough weights that logits are a few units, so that a difference of 1e-5 is one of rounding."""
+    return conftest.random_model(config, seed, scale=0.03)
+
+
 def study_config(vocab_size, **changes):
-    """No attention matrix is square: 2 heads of 48 = 96, n_embd 64."""
-    return tiny_config(vocab_size, n_embd=64, head_size=48, **changes)
+    """The study's attention, of which no matrix is square: 6 heads of 48 = 288, n_embd 512."""
+    return tiny_config(vocab_size, **{"n_embd": 512, "n_head": 6, "n_kv_head": 6, "head_size": 48} | changes)
 
 
 def randomise(model, seed=1):
@@ -98,7 +105,7 @@ def test_a_tied_head_is_untied_by_merging(tok):
 def test_what_does_not_fit_is_named(tok, tmp_path):
     model = random_model(study_config(tok.vocab_size))
     for targets, r, alpha, says in [(["query"], 4, 8, "q_proj"), (ALL, 0, 8, "r 0"), (ALL, 4, 0, "alpha 0"),
-                                    (["q_proj"], 97, 8, "above both")]:
+                                    (["q_proj"], 513, 8, "above both")]:
         with pytest.raises(ValueError, match=says):
             lora.add(model, targets, r, alpha)
     assert not lora.adapters(model)
@@ -229,6 +236,26 @@ def test_only_the_adapter_is_optimized(model_dir, pairs_file, tmp_path):
     assert sum(s["exp_avg"].numel() for s in moments) == sum(
         4 * (32 + out) for out in (32, 32)) * model.config.n_layer  # n_embd 32, two heads of 16
     assert {p.name for p in last.iterdir()} == {lora.CONFIG, lora.TENSORS, "train_state.pt"}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
+def test_a_compiled_step_has_the_gradients_of_an_eager_one(tok):
+    model = adapted(tiny_config(tok.vocab_size))
+    x, y = IDX, IDX.roll(-1, 1)
+
+    def gradients(forward):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            forward(x, y).backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    eager, compiled = gradients(model), gradients(torch.compile(model))
+    assert [name for name, g in eager.items() if g is not None] == [name for name in eager if "lora_" in name]
+    for name, gradient in eager.items():
+        if gradient is None:
+            assert compiled[name] is None
+        else:
+            assert gradient.norm() > 0 and (compiled[name] - gradient).norm() < 0.05 * gradient.norm(), name
 
 
 def test_an_adapter_for_someone_elses_model(tok, pairs_file, tmp_path):
