@@ -122,7 +122,7 @@ class Lab:
             raise ValueError("there is no base model in base/: name one with --init")
         if not (self.init / WEIGHTS).is_file():
             raise ValueError(f"no model in {self.init}")
-        self.data, self.out, self.steps = data, Path(out).resolve(), steps
+        self.data, self.out, self.steps = data, Path(out), steps
         self.settings = [*(["--init", init] if init else []), *settings]
         self.shipped = not init and not data
         self.base = hashlib.sha256((self.init / WEIGHTS).read_bytes()).hexdigest()  # runs from another base are others
