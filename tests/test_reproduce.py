@@ -3,6 +3,7 @@ import csv
 import json
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +129,21 @@ def test_a_base_of_a_quarter_of_the_tokens(model_dir, tmp_path, monkeypatch):
     assert len({row["output"] for row in rows}) == 10 < len(rows)
     held = {json.loads(line)["output"] for line in open(tmp_path / "data" / "val.jsonl", encoding="utf-8")}
     assert held and not held & {row["output"] for row in rows}
+
+
+def test_runs_keep_their_names_when_the_checkout_moves(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "find_base", lambda: Path.cwd() / "base")
+    names = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "base").symlink_to(model_dir)
+        monkeypatch.chdir(tmp_path / place)
+        lab = runs.Lab(None, None, "out", 2)
+        lab.seeds = ()
+        [(_, pretraining, _)] = reproduce.little_data(lab)
+        tuning = lab.sft(1e-4, "bf16-true", 1, data=lab.file("pairs", lambda: []))
+        names.append([lab.directory(pretraining), lab.directory(tuning)])
+    assert names[0] == names[1]
 
 
 def test_verdicts():
