@@ -35,6 +35,7 @@ SUMMARY_CHARS = 15, 60
 SENTENCE_CHARS = 6, 30          # preferred length of the sentence that serves as 随机句子
 TALK = 0.64                     # share of stories that may use phrasings with speech in them
 HELD_OUT = 400                  # one in so many pairs of slot words never occurs in a training story
+SLOT_WORDS = 0.75               # with --slot-words: share of stories whose words are slot words only
 TRIES = 1000                    # phrasings drawn anew until length and recurrence are right
 ALIKE = 20                      # of these, with the words of another story
 
@@ -365,21 +366,25 @@ def compose(plots, rng, held_out=False, like=None):
 # -----------------------------------------------------------------------------
 # many stories, and instructions for them
 
-def stories(n, seed, folder=LANGUAGE, held_out=False):
+def stories(n, seed, folder=LANGUAGE, held_out=False, slot_words=False):
     """n story records, made one by one: text, words, features, sentence, summary, story_id. Raises ValueError.
 
     Story i depends on (seed, i) only, so fewer stories are the beginning of more; texts seen before are passed over.
+    slot_words: the same stories, but the words of most are two to all of those that fill their slots. Nothing else in
+    a story tells these words, so they teach copying; a word that belongs to a phrasing can be guessed.
     """
     if n < 1:
         raise ValueError(f"--n {n}: must be at least 1")
-    return _stories(n, seed, load(folder)[1], held_out)     # bad files are reported by the call, not by the first story
+    # bad files are reported by the call, not by the first story
+    return _stories(n, seed, load(folder)[1], held_out, slot_words)
 
 
-def _stories(n, seed, plots, held_out):
+def _stories(n, seed, plots, held_out, slot_words):
     seen = set()
     for i in count():
+        rng = random.Random(f"{seed}-{i}")
         try:
-            record, _ = compose(plots, random.Random(f"{seed}-{i}"), held_out)
+            record, made = compose(plots, rng, held_out)
         except ValueError:
             if held_out and i < 100 + 10 * len(seen):   # an ending with few words that all plots know has no such pair
                 continue
@@ -390,6 +395,11 @@ def _stories(n, seed, plots, held_out):
                 raise ValueError(f"--n {n}: the plots have only about {len(seen)} different stories")
             continue
         seen.add(key)
+        if slot_words and rng.random() < SLOT_WORDS:
+            filling = [entry["word"] for table, entry, _ in made["drawn"]
+                       if table["pos"] and entry["word"] in record["text"]]
+            if len(filling) > 1:
+                record["words"] = rng.sample(filling, rng.randint(2, len(filling)))
         yield record | {"story_id": f"builtin-{seed}-{i}"}
         if len(seen) == n:
             return
@@ -440,16 +450,21 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=1, help="same seed, same stories")
     parser.add_argument("--split", choices=("train", "heldout"), default="train",
                         help="heldout: each story's 词汇 is a pair of words that no train story has together")
+    parser.add_argument("--slot-words", action="store_true",
+                        help="the same stories with more words in 词汇, those that only copying can tell")
     parser.add_argument("--out", default="out/data/stories.jsonl", help="story records, JSONL; overwritten")
     parser.add_argument("--instructions", metavar="FILE", help="also write one instruction a story, JSONL; overwritten")
     parser.add_argument("--language", default=LANGUAGE, metavar="DIR", help="folder of lexicon.toml and plots/")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.slot_words and args.split == "heldout":
+        parser.error("--slot-words is for training; a held-out story's words are its held-out pair")
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        told = stories(args.n, args.seed, args.language, args.split == "heldout")
+        told = stories(args.n, args.seed, args.language, args.split == "heldout", args.slot_words)
         records = list(tqdm(told, total=args.n, unit="story", disable=args.n < 20000))
         write_jsonl(records, args.out)
         if args.instructions:

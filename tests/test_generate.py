@@ -142,6 +142,26 @@ def test_same_seed_same_bytes_other_seed_other_stories(records, told):
     assert dump(generate.instructions(records[:300], seed=6)) != dump(told[:300])
 
 
+def test_slot_words_are_other_words_of_the_same_stories(records, language):
+    lexicon, plots = language
+    fixed = {entry["word"] for table in (*lexicon.values(), *(t for plot in plots for t in plot["lexicon"].values()))
+             if table.get("in_text") for entry in table["entries"]}
+    more, changed = list(generate.stories(1000, seed=5, slot_words=True)), 0
+    for record, plain in zip(more, records):
+        words, text = record["words"], record["text"]
+        assert record | {"words": 0} == plain | {"words": 0} and list(record) == list(plain)
+        assert 2 <= len(words) == len(set(words)) and all(word in text for word in words)
+        if words != plain["words"]:
+            changed += 1
+            assert not fixed & set(words)
+    assert 0.7 < changed / len(more) < 0.8      # the rest as ever, so that words of phrasings are asked for too
+    assert any(fixed & set(record["words"]) for record in more)
+    assert sum(len(record["words"]) > 3 for record in more) > 300
+    assert more[:50] == list(generate.stories(50, seed=5, slot_words=True))
+    for row, record in zip(generate.instructions(more, 5), more):
+        assert sorted(parse(row["instruction"])[0].get("词汇", record["words"])) == sorted(record["words"])
+
+
 def test_a_duplicate_is_passed_over(language, monkeypatch):
     real, calls = generate.compose, []
 
@@ -273,6 +293,7 @@ def test_other_errors_are_one_line(tmp_path, capsys):
     assert "--n 0" in failure(capsys, "--n", 0, "--out", tmp_path / "s.jsonl")
     assert "lexicon.toml" in failure(capsys, "--language", tmp_path, "--out", tmp_path / "s.jsonl")
     assert str(tmp_path) in failure(capsys, "--n", 1, "--out", tmp_path)            # a folder cannot be the file
+    assert "--slot-words" in failure(capsys, "--split", "heldout", "--slot-words", "--out", tmp_path / "s.jsonl")
     (tmp_path / "plots").mkdir()
     shutil.copy(generate.LANGUAGE / "lexicon.toml", tmp_path)
     assert "no plot files" in failure(capsys, "--language", tmp_path, "--out", tmp_path / "s.jsonl")
