@@ -329,8 +329,8 @@ def some_words(found, text, rng):
 
 
 def compose(plots, rng, held_out=False, like=None):
-    """A story record without its id, and what it was made from: {"plot", "ending", "values", "drawn", "told"}.
-    ValueError if a plot cannot be told.
+    """A story record without its id, and what it was made from: {"plot", "ending", "values", "words", "drawn", "told"};
+    its "words": {word: part of speech} of the slots. ValueError if a plot cannot be told.
 
     held_out: a story with a pair of slot words that no training story has, and that pair as its `words`. like: what
     another story was made from; this one is of another plot, about the same things where it can be.
@@ -360,7 +360,8 @@ def compose(plots, rng, held_out=False, like=None):
     record = {"text": text, "words": list(pair or some_words(words | plot["running"], text, rng)),
               "features": [feature for feature in FEATURES if feature in true],
               "sentence": rng.choice(fitting or once), "summary": summary}
-    return record, {"plot": plot, "ending": ending["name"], "values": values, "drawn": drawn, "told": told}
+    return record, {"plot": plot, "ending": ending["name"], "values": values, "words": words, "drawn": drawn,
+                    "told": told}
 
 
 # -----------------------------------------------------------------------------
@@ -396,8 +397,7 @@ def _stories(n, seed, plots, held_out, slot_words):
             continue
         seen.add(key)
         if slot_words and rng.random() < SLOT_WORDS:
-            filling = [entry["word"] for table, entry, _ in made["drawn"]
-                       if table["pos"] and entry["word"] in record["text"]]
+            filling = [word for word in made["words"] if word in record["text"]]
             if len(filling) > 1:
                 record["words"] = rng.sample(filling, rng.randint(2, len(filling)))
         yield record | {"story_id": f"builtin-{seed}-{i}"}
