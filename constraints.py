@@ -173,6 +173,21 @@ def vary(text, rng, shuffle, drop):
 
 # ---- does this story meet it? ----
 
+def sentences(text):
+    """Whole sentences: 。！？ ends one where no quotation is open; speech at its beginning keeps the “…”某某说。"""
+    found, start, open_quote = [], 0, False
+    for i, char in enumerate(text):
+        if char in "“”":
+            open_quote = char == "“"
+        ends = char in "。！？" and not open_quote
+        if char == "”" and text[i - 1] in "。！？":
+            ends = text[start] != "“" or text.count("“", start, i) > 1
+        if ends:
+            found.append(text[start:i + 1])
+            start = i + 1
+    return found + ([text[start:]] if text[start:] else [])
+
+
 QUOTED = re.compile(r"“([^“”]+)”|「([^「」]+)」|『([^『』]+)』|\"([^\"]+)\"")
 INTRODUCED = re.compile(r"[：:]\s*[“”「『\"]|[说道问喊答]\s*[“「『\"]")  # real text closes what it opens carelessly
 SPEECH_END = tuple("。！？!?…，,～~—.")
@@ -199,7 +214,7 @@ def check(story, constraints):
     """Which constraints does the story meet? -> the same dict with True, False, or None (no rule can tell) as values;
     for 词汇 and 特点 a dict by word and by feature.
 
-    词汇: the word is a substring. 随机句子: it is one after `fold`. 特点 对话: `has_dialogue`.
+    词汇: the word is a substring. 随机句子: each sentence of it is one after `fold`. 特点 对话: `has_dialogue`.
     """
     met = {}
     for key, value in constraints.items():
@@ -208,8 +223,8 @@ def check(story, constraints):
         elif key == FEATURE:
             met[key] = {name: has_dialogue(story) if name == "对话" else None for name in value}
         elif key == SENTENCE:
-            folded = fold(value)
-            met[key] = folded in fold(story) if folded else None
+            folded, asked = fold(story), [part for s in sentences(value) if (part := fold(s))]
+            met[key] = all(part in folded for part in asked) if asked else None
         else:
             met[key] = None
     return met

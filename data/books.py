@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402
 
+import constraints  # noqa: E402
 from data import generate  # noqa: E402
 
 TITLE, NEW_WORDS, RETOLD, SECOND = 0.5, 0.4, 0.6, 0.5  # probabilities; RETOLD: of a story with a list of new words
@@ -40,7 +41,7 @@ def book(forms, plots, key, rng):
     if rng.random() < SECOND:
         second, _ = generate.compose(plots, random.Random(f"{key}-second"), like=made)
         parts += ["", rng.choice(forms["next_story"]) + second["text"]]
-    return "\n".join(parts), generate.sentences(record["text"])
+    return "\n".join(parts), constraints.sentences(record["text"])
 
 
 def recitation(forms, words, sentences, rng):

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402
 
-from constraints import FEATURES, KEYS, has_dialogue, render  # noqa: E402
+from constraints import FEATURES, KEYS, has_dialogue, render, sentences  # noqa: E402
 
 VERSION = 2                     # of what is written: another number when the same seed gives other stories
 LANGUAGE = ROOT / "data"        # the folder of lexicon.toml and plots/
@@ -282,21 +282,6 @@ def fill(parts, values):
     return "".join(values[part] if isinstance(part, Slot) else part for part in parts)
 
 
-def sentences(text):
-    """Whole sentences: 。！？ ends one where no quotation is open; speech at its beginning keeps the “…”某某说。"""
-    found, start, open_quote = [], 0, False
-    for i, char in enumerate(text):
-        if char in "“”":
-            open_quote = char == "“"
-        ends = char in "。！？" and not open_quote
-        if char == "”" and text[i - 1] in "。！？":
-            ends = text[start] != "“" or text.count("“", start, i) > 1
-        if ends:
-            found.append(text[start:i + 1])
-            start = i + 1
-    return found + ([text[start:]] if text[start:] else [])
-
-
 def recurs(text, plot, values):
     """Names and the central word occur three times, or the model has nothing to learn copying from."""
     named = [slot for slot in plot["slots"] if slot in values and values[slot] != values[slot + ".kind"]]
@@ -329,8 +314,9 @@ def some_words(found, text, rng):
 
 
 def compose(plots, rng, held_out=False, like=None):
-    """A story record without its id, and what it was made from: {"plot", "ending", "values", "words", "drawn", "told"};
-    its "words": {word: part of speech} of the slots. ValueError if a plot cannot be told.
+    """A story record without its id, and what it was made from: {"plot", "ending", "values", "words", "drawn", "told",
+    "sentences"}; its "words": {word: part of speech} of the slots, its "sentences": those that can be 随机句子.
+    ValueError if a plot cannot be told.
 
     held_out: a story with a pair of slot words that no training story has, and that pair as its `words`. like: what
     another story was made from; this one is of another plot, about the same things where it can be.
@@ -355,32 +341,33 @@ def compose(plots, rng, held_out=False, like=None):
     else:
         raise ValueError(f"{plot['path']}: ending {ending['name']!r}: {TRIES} tries gave no story of {STORY_CHARS[0]} "
                          f"to {STORY_CHARS[1]} characters with each name and {plot['central']!r} three times in it")
-    fitting = [s for s in once if SENTENCE_CHARS[0] <= len(s) <= SENTENCE_CHARS[1]]
+    fitting = [s for s in once if SENTENCE_CHARS[0] <= len(s) <= SENTENCE_CHARS[1]] or once
     true = ending["features"] | ({"对话"} if has_dialogue(text) else set())
     record = {"text": text, "words": list(pair or some_words(words | plot["running"], text, rng)),
               "features": [feature for feature in FEATURES if feature in true],
-              "sentence": rng.choice(fitting or once), "summary": summary}
+              "sentence": rng.choice(fitting), "summary": summary}
     return record, {"plot": plot, "ending": ending["name"], "values": values, "words": words, "drawn": drawn,
-                    "told": told}
+                    "told": told, "sentences": fitting}
 
 
 # -----------------------------------------------------------------------------
 # many stories, and instructions for them
 
-def stories(n, seed, folder=LANGUAGE, held_out=False, slot_words=False):
+def stories(n, seed, folder=LANGUAGE, held_out=False, slot_words=False, more_sentences=False):
     """n story records, made one by one: text, words, features, sentence, summary, story_id. Raises ValueError.
 
     Story i depends on (seed, i) only, so fewer stories are the beginning of more; texts seen before are passed over.
     slot_words: the same stories, but the words of most are two to all of those that fill their slots. Nothing else in
     a story tells these words, so they teach copying; a word that belongs to a phrasing can be guessed.
+    more_sentences: the same stories, but as `sentence` one to half of the sentences that can be it, in any order.
     """
     if n < 1:
         raise ValueError(f"--n {n}: must be at least 1")
     # bad files are reported by the call, not by the first story
-    return _stories(n, seed, load(folder)[1], held_out, slot_words)
+    return _stories(n, seed, load(folder)[1], held_out, slot_words, more_sentences)
 
 
-def _stories(n, seed, plots, held_out, slot_words):
+def _stories(n, seed, plots, held_out, slot_words, more_sentences):
     seen = set()
     for i in count():
         rng = random.Random(f"{seed}-{i}")
@@ -400,6 +387,10 @@ def _stories(n, seed, plots, held_out, slot_words):
             filling = [word for word in made["words"] if word in record["text"]]
             if len(filling) > 1:
                 record["words"] = rng.sample(filling, rng.randint(2, len(filling)))
+        if more_sentences:
+            some = rng.sample(made["sentences"], rng.randint(1, max(1, len(made["sentences"]) // 2)))
+            if sentences("".join(some)) == some:    # “好。” before “走！”他说。 would read as one
+                record["sentence"] = "".join(some)
         yield record | {"story_id": f"builtin-{seed}-{i}"}
         if len(seen) == n:
             return
@@ -452,19 +443,22 @@ def parse_args(argv=None):
                         help="heldout: each story's 词汇 is a pair of words that no train story has together")
     parser.add_argument("--slot-words", action="store_true",
                         help="the same stories with more words in 词汇, those that only copying can tell")
+    parser.add_argument("--more-sentences", action="store_true",
+                        help="the same stories with one to half of their sentences in 随机句子, in any order")
     parser.add_argument("--out", default="out/data/stories.jsonl", help="story records, JSONL; overwritten")
     parser.add_argument("--instructions", metavar="FILE", help="also write one instruction a story, JSONL; overwritten")
     parser.add_argument("--language", default=LANGUAGE, metavar="DIR", help="folder of lexicon.toml and plots/")
     args = parser.parse_args(argv)
-    if args.slot_words and args.split == "heldout":
-        parser.error("--slot-words is for training; a held-out story's words are its held-out pair")
+    if args.split == "heldout" and (args.slot_words or args.more_sentences):
+        parser.error("--slot-words and --more-sentences are for training; --split heldout is for judging")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        told = stories(args.n, args.seed, args.language, args.split == "heldout", args.slot_words)
+        told = stories(args.n, args.seed, args.language, args.split == "heldout", args.slot_words,
+                       args.more_sentences)
         records = list(tqdm(told, total=args.n, unit="story", disable=args.n < 20000))
         write_jsonl(records, args.out)
         if args.instructions:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402
 
-from constraints import FEATURES, has_dialogue  # noqa: E402
+from constraints import FEATURES, has_dialogue, sentences  # noqa: E402
 from data import generate  # noqa: E402
 
 XZ_CHARS = 1_100_000
@@ -62,11 +62,11 @@ def grammar(n, seed):
     yield "fewest phrasings of a beat, endings of a plot, summaries of an ending", (
         f"{min(beats)}, {min(len(p['endings']) for p in plots)}, "
         f"{min(len(e['summary']) for p in plots for e in p['endings'])}")
-    skeletons = Counter(s for _, what in made for s in generate.sentences(skeleton(what)))
+    skeletons = Counter(s for _, what in made for s in sentences(skeleton(what)))
     yield "distinct sentence skeletons", (f"{len(skeletons):,}; the most frequent is "
                                           f"{max(skeletons.values()) / skeletons.total():.3%} of sentences")
-    sentences = [s for text in texts for s in generate.sentences(text)]
-    yield "distinct sentences / sentences", f"{len(set(sentences)) / len(sentences):.3f}"
+    told = [s for text in texts for s in sentences(text)]
+    yield "distinct sentences / sentences", f"{len(set(told)) / len(told):.3f}"
     yield "distinct Chinese characters", f"{len(set().union(*map(han, texts))):,}"
     words = {entry["word"] for plot in plots for table in plot["lexicon"].values() if table.get("pos")
              for entry in table["entries"]}

@@ -15,6 +15,7 @@ from constraints import (
     parse,
     permutations,
     render,
+    sentences,
     vary,
 )
 
@@ -110,11 +111,20 @@ def test_check():
                          "随机句子": "天空中飘着几朵白云。"}) == {
         "词汇": {"铲子": True, "草地": False}, "特点": {"对话": True, "转折": None}, "摘要": None, "随机句子": True}
     assert check(story, {"随机句子": "天空中飘着一朵白云。"}) == {"随机句子": False}
+    assert check(story, {"随机句子": "“走吧！”它说。小猫拿着铲子。"}) == {"随机句子": True}  # each of them, in any order
+    assert check(story, {"随机句子": "“走吧！”它说。小猫丢了铲子。"}) == {"随机句子": False}
     assert check("铲\n子", {"词汇": ["铲子"]}) == {"词汇": {"铲子": False}}
     assert check(story, {"随机句子": "……"}) == {"随机句子": None}  # nothing that could be missing
     assert check("", {"随机句子": "好。", "词汇": ["猫"], "特点": ["对话"]}) == {
         "随机句子": False, "词汇": {"猫": False}, "特点": {"对话": False}}
     assert fold("Ａb，“ 你好！”") == fold("ab你好")
+
+
+def test_sentences_are_whole():
+    text = "豆豆说：“来呀！快来！”朵朵跑来了。“好。”米米说。“好呀，”乐乐说，“走吧！”天黑了！"
+    assert sentences(text) == ["豆豆说：“来呀！快来！”", "朵朵跑来了。", "“好。”米米说。",
+                               "“好呀，”乐乐说，“走吧！”", "天黑了！"]
+    assert sentences("“走吧！”豆豆说：“天黑了。”好。") == ["“走吧！”豆豆说：“天黑了。”", "好。"]
 
 
 def test_real_instructions_hold(real_data):

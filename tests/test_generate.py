@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from constraints import FEATURES, KEYS, has_dialogue, parse
+from constraints import FEATURES, KEYS, check, has_dialogue, parse, sentences
 from data import generate
 
 NEVER = ("一只小蚂蚁在花园里寻找吃的，最后找到了一个苹果", "天空中飘着几朵白云", "汤姆和杰瑞")
@@ -66,13 +66,6 @@ def test_features_are_those_of_plot_and_ending(composed):
     for record, made in composed:
         declared = next(e["features"] for e in made["plot"]["endings"] if e["name"] == made["ending"])
         assert set(record["features"]) - {"对话"} == declared
-
-
-def test_sentences_are_whole():
-    text = "豆豆说：“来呀！快来！”朵朵跑来了。“好。”米米说。“好呀，”乐乐说，“走吧！”天黑了！"
-    assert generate.sentences(text) == ["豆豆说：“来呀！快来！”", "朵朵跑来了。", "“好。”米米说。",
-                                        "“好呀，”乐乐说，“走吧！”", "天黑了！"]
-    assert generate.sentences("“走吧！”豆豆说：“天黑了。”好。") == ["“走吧！”豆豆说：“天黑了。”", "好。"]
 
 
 def test_shares_of_features_and_length(records):
@@ -160,6 +153,21 @@ def test_slot_words_are_other_words_of_the_same_stories(records, language):
     assert more[:50] == list(generate.stories(50, seed=5, slot_words=True))
     for row, record in zip(generate.instructions(more, 5), more):
         assert sorted(parse(row["instruction"])[0].get("词汇", record["words"])) == sorted(record["words"])
+
+
+def test_more_sentences_of_the_same_stories(records):
+    more, number = list(generate.stories(1000, seed=5, more_sentences=True)), Counter()
+    for record, plain in zip(more, records):
+        asked, told = sentences(record["sentence"]), sentences(record["text"])
+        assert record | {"sentence": 0} == plain | {"sentence": 0} and list(record) == list(plain)
+        assert set(asked) <= set(told) and all(record["text"].count(s) == 1 for s in asked)
+        assert len(set(asked)) == len(asked) <= max(1, len(told) // 2)
+        number[len(asked)] += 1
+        number["in order"] += asked == sorted(asked, key=told.index)
+    assert all(number[k] > 80 for k in (1, 2, 3, 4)) and number["in order"] < 700
+    assert more[:50] == list(generate.stories(50, seed=5, more_sentences=True))
+    for row in generate.instructions(more, 5):
+        assert check(row["output"], parse(row["instruction"])[0]).get("随机句子", True)
 
 
 def test_a_duplicate_is_passed_over(language, monkeypatch):
@@ -293,7 +301,8 @@ def test_other_errors_are_one_line(tmp_path, capsys):
     assert "--n 0" in failure(capsys, "--n", 0, "--out", tmp_path / "s.jsonl")
     assert "lexicon.toml" in failure(capsys, "--language", tmp_path, "--out", tmp_path / "s.jsonl")
     assert str(tmp_path) in failure(capsys, "--n", 1, "--out", tmp_path)            # a folder cannot be the file
-    assert "--slot-words" in failure(capsys, "--split", "heldout", "--slot-words", "--out", tmp_path / "s.jsonl")
+    for flag in ("--slot-words", "--more-sentences"):
+        assert flag in failure(capsys, "--split", "heldout", flag, "--out", tmp_path / "s.jsonl")
     (tmp_path / "plots").mkdir()
     shutil.copy(generate.LANGUAGE / "lexicon.toml", tmp_path)
     assert "no plot files" in failure(capsys, "--language", tmp_path, "--out", tmp_path / "s.jsonl")
