@@ -1,12 +1,12 @@
 """What is a constraint line worth? python bench/asked.py out/sft [more model directories] --data out/held/judged.jsonl
 
-A rate of met constraints counts also what would be met unasked: a summary names words, a plot has few phrasings. So here
-every instruction of two or more constraints is told twice, with one of its lines and without it, one story each. The
-difference is what the line does. And since sampled stories tell little until a model copies well, the loss that it
-saves: nats at the first piece of the words (where each comes first) and of the sentence, in the instruction's own story.
+A rate of met constraints counts also what would be met unasked: a summary names words, a plot has few phrasings. So
+every instruction of two or more constraints is told twice here, with one of its lines and without it, one story each;
+the difference is what the line does. And since told stories say little until a model copies well, the loss that the
+line saves: nats at the first piece of each word (where it comes first) and of the sentence, in the instruction's own
+story.
 """
 import argparse
-import random
 import sys
 from itertools import accumulate
 from pathlib import Path
@@ -28,26 +28,44 @@ SAMPLING = {"temperature": 0.2, "top_p": 0.9, "top_k": 30, "max_new_tokens": 400
 SEED = 1337
 
 
-def without(row, key):
-    return {"constraints": {k: v for k, v in row["constraints"].items() if k != key}}
-
-
 def share_met(row, key, story):
-    """The share of this constraint that the story meets: of its words, of its features that a rule can tell; or None."""
+    """The share of its words, or of its features that a rule can tell, that the story meets; None where no rule can."""
     found = verdicts(row, story)[key]
     known = [ok for ok in (found.values() if isinstance(found, dict) else [found]) if ok is not None]
     return float(np.mean(known)) if known else None
 
 
 @torch.no_grad()
-def first_pieces(model, tokenizer, row, asked, parts):
-    """Nats at the first piece of each of these parts of the row's story, after the instruction `asked`."""
-    prompt, story = encode_prompt(tokenizer, render(asked["constraints"])), tokenizer.encode(row["story"])
+def first_pieces(model, tokenizer, row, constraints, key):
+    """Nats at the first piece of each word, or of the sentence, in the row's own story after these constraints."""
+    prompt, story = encode_prompt(tokenizer, render(constraints)), tokenizer.encode(row["story"])
     starts = list(accumulate((len(tokenizer.decode([i])) for i in story), initial=0))  # character offsets of pieces
     ids = torch.tensor([(prompt + story)[:model.config.block_size]])
     loss = F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:], reduction="none")[len(prompt) - 1:]
     at = dict(zip(starts, loss.tolist()))
+    parts = row["constraints"][key] if key == WORDS else [row["constraints"][key]]
     return [at[place] for part in parts if (place := row["story"].find(part)) in at]
+
+
+def report(model, tokenizer, rows, key):
+    """What this key's line does in these rows, all of which have it: a line of the table."""
+    full = [row["constraints"] for row in rows]
+    bare = [{k: v for k, v in constraints.items() if k != key} for constraints in full]
+    shares, nats = [], ""
+    for asked in (full, bare):
+        told, _ = write_stories(model, tokenizer, [render(constraints) for constraints in asked], 1, SEED, SAMPLING)
+        shares.append([share_met(row, key, story) for row, [story] in zip(rows, told)])
+        if key in (WORDS, SENTENCE):
+            losses = [loss for row, constraints in zip(rows, asked)
+                      for loss in first_pieces(model, tokenizer, row, constraints, key)]
+            nats += f"{np.mean(losses):8.2f}"
+    pairs = np.array([pair for pair in zip(*shares) if pair[0] is not None])
+    if not len(pairs):
+        return f"{key}: nothing that a rule can tell"
+    with_it, without = pairs.mean(0)
+    change = interval([[a - b] for a, b in pairs], SEED)
+    bounds = f"{change['rate']:+8.1%} [{change['lo']:+4.0%}, {change['hi']:+4.0%}]"
+    return f"{key + ' ' * (10 - 2 * len(key))}{len(pairs):5}{with_it:14.1%}{without:10.1%}{bounds:>24}{nats}"
 
 
 def main(argv=None):
@@ -58,31 +76,18 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         rows = [row for row in read_rows(args.data) if len(row["constraints"]) > 1 and row["story"]]
+        if not rows:
+            raise ValueError(f"{args.data}: no row with two constraints and a story")
         models = [load_model(path) for path in args.ckpt]
     except (ValueError, OSError) as e:
         fail(e)
     add_rivals(rows, SEED)
     for path, (model, tokenizer) in zip(args.ckpt, models):
         model.float().eval()
-        print(f"{path}\n{'line':<10}{'n':>5}{'met with it':>14}{'without':>10}{'difference':>24}   nats, with and without")
+        print(f"{path}\n{'line':<10}{'n':>5}{'met with it':>14}{'without':>10}{'difference':>24}   nats: with, without")
         for key in KEYS:
-            some = [row for row in rows if key in row["constraints"]]
-            shares = []
-            for asked in (some, [without(row, key) for row in some]):
-                told, _ = write_stories(model, tokenizer, [render(a["constraints"]) for a in asked], 1, SEED, SAMPLING)
-                shares.append([share_met(row, key, story) for row, [story] in zip(some, told)])
-            pairs = [(a, b) for a, b in zip(*shares) if a is not None]
-            change = interval([[a - b] for a, b in pairs], SEED)
-            nats = ""
-            if key in (WORDS, SENTENCE):
-                losses = [[loss for row, a in zip(some, asked) for loss in first_pieces(
-                    model, tokenizer, row, a, row["constraints"][key] if key == WORDS else [row["constraints"][key]])]
-                    for asked in (some, [without(row, key) for row in some])]
-                nats = f"{np.mean(losses[0]):10.2f}{np.mean(losses[1]):6.2f}"
-            with_it, bare = np.mean(pairs, axis=0) if pairs else (np.nan, np.nan)
-            bounds = f"{change['rate']:+8.1%} [{change['lo']:+4.0%}, {change['hi']:+4.0%}]"
-            print(f"{key + ' ' * (10 - 2 * len(key))}{len(pairs):5}{with_it:14.1%}{bare:10.1%}{bounds:>24}{nats}",
-                  flush=True)
+            if some := [row for row in rows if key in row["constraints"]]:
+                print(report(model, tokenizer, some, key), flush=True)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_check():
                          "随机句子": "天空中飘着几朵白云。"}) == {
         "词汇": {"铲子": True, "草地": False}, "特点": {"对话": True, "转折": None}, "摘要": None, "随机句子": True}
     assert check(story, {"随机句子": "天空中飘着一朵白云。"}) == {"随机句子": False}
-    assert check(story, {"随机句子": "“走吧！”它说。小猫拿着铲子。"}) == {"随机句子": True}  # each of them, in any order
+    assert check(story, {"随机句子": "“走吧！”它说。小猫拿着铲子。"}) == {"随机句子": True}  # each, in any order
     assert check(story, {"随机句子": "“走吧！”它说。小猫丢了铲子。"}) == {"随机句子": False}
     assert check("铲\n子", {"词汇": ["铲子"]}) == {"词汇": {"铲子": False}}
     assert check(story, {"随机句子": "……"}) == {"随机句子": None}  # nothing that could be missing
