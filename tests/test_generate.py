@@ -170,6 +170,17 @@ def test_more_sentences_of_the_same_stories(records):
         assert check(row["output"], parse(row["instruction"])[0]).get("随机句子", True)
 
 
+def test_more_sentences_never_read_as_one(monkeypatch):
+    def compose(plots, rng, held_out):
+        told = [f"豆豆有{rng.randrange(10 ** 9)}颗糖。", "“好。”", "“走！”朵朵喊。"]     # the last two read as one sentence
+        return {"text": "".join(told[::2] + told[1:2]), "sentence": told[0]}, {"sentences": told * 2}
+
+    monkeypatch.setattr(generate, "compose", compose)
+    told = list(generate.stories(300, seed=1, more_sentences=True))
+    assert all(check(r["text"], {"随机句子": r["sentence"]})["随机句子"] for r in told)
+    assert any(len(sentences(r["sentence"])) > 1 for r in told)
+
+
 def test_a_duplicate_is_passed_over(language, monkeypatch):
     real, calls = generate.compose, []
 
