@@ -172,7 +172,7 @@ def test_more_sentences_of_the_same_stories(records):
 
 def test_more_sentences_never_read_as_one(monkeypatch):
     def compose(plots, rng, held_out):
-        told = [f"豆豆有{rng.randrange(10 ** 9)}颗糖。", "“好。”", "“走！”朵朵喊。"]     # the last two read as one sentence
+        told = [f"豆豆有{rng.randrange(10 ** 9)}颗糖。", "“好。”", "“走！”朵朵喊。"]     # the last two read as one
         return {"text": "".join(told[::2] + told[1:2]), "sentence": told[0]}, {"sentences": told * 2}
 
     monkeypatch.setattr(generate, "compose", compose)
