@@ -223,8 +223,8 @@ def check(story, constraints):
         elif key == FEATURE:
             met[key] = {name: has_dialogue(story) if name == "对话" else None for name in value}
         elif key == SENTENCE:
-            folded, asked = fold(story), [part for s in sentences(value) if (part := fold(s))]
-            met[key] = all(part in folded for part in asked) if asked else None
+            whole, told = fold(value), fold(story)
+            met[key] = (whole in told or all(fold(s) in told for s in sentences(value))) if whole else None
         else:
             met[key] = None
     return met

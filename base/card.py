@@ -9,19 +9,16 @@ import os
 import random
 import re
 import sys
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
 from checkpoint import load_model  # noqa: E402
 from cli import fail  # noqa: E402
 from data import generate  # noqa: E402
-from evaluate import plain_loss  # noqa: E402
+from evaluate import piece_losses, plain_loss  # noqa: E402
 from records import read_stories  # noqa: E402
 
 SEED = 98  # of stories that nothing is trained on
@@ -39,7 +36,6 @@ def texts():
     return found
 
 
-@torch.no_grad()
 def copying(model, tokenizer, n=200):
     """Does it copy from its context? Mean loss (nats per token) on the first pieces of names and central words of n
     stories, where they come for the first time and where they have come before."""
@@ -48,10 +44,7 @@ def copying(model, tokenizer, n=200):
     for i in range(n):
         record, made = generate.compose(plots, random.Random(f"{SEED}-{i}"))
         text, values, plot = record["text"], made["values"], made["plot"]
-        ids = tokenizer.encode(text)
-        starts = list(accumulate((len(tokenizer.decode([j])) for j in ids), initial=0))  # character offsets of pieces
-        logits = model(torch.tensor([[tokenizer.eos_id] + ids[:-1]]))[0]
-        loss = dict(zip(starts, F.cross_entropy(logits, torch.tensor(ids), reduction="none").tolist()))
+        loss = piece_losses(model, tokenizer, [tokenizer.eos_id], text)
         for slot in plot["slots"]:
             if slot in values and (slot == plot["central"] or values[slot] != values[slot + ".kind"]):
                 for nth, match in enumerate(re.finditer(values[slot], text)):

@@ -8,21 +8,18 @@ story.
 """
 import argparse
 import sys
-from itertools import accumulate
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 
 from checkpoint import load_model  # noqa: E402
 from cli import fail  # noqa: E402
 from constraints import KEYS, SENTENCE, WORDS, render  # noqa: E402
 from dataset import encode_prompt  # noqa: E402
-from evaluate import add_rivals, interval, read_rows, verdicts, write_stories  # noqa: E402
+from evaluate import add_rivals, interval, piece_losses, read_rows, verdicts, write_stories  # noqa: E402
 
 SAMPLING = {"temperature": 0.2, "top_p": 0.9, "top_k": 30, "max_new_tokens": 400}  # evaluate.py's
 SEED = 1337
@@ -35,14 +32,9 @@ def share_met(row, key, story):
     return float(np.mean(known)) if known else None
 
 
-@torch.no_grad()
 def first_pieces(model, tokenizer, row, constraints, key):
     """Nats at the first piece of each word, or of the sentence, in the row's own story after these constraints."""
-    prompt, story = encode_prompt(tokenizer, render(constraints)), tokenizer.encode(row["story"])
-    starts = list(accumulate((len(tokenizer.decode([i])) for i in story), initial=0))  # character offsets of pieces
-    ids = torch.tensor([(prompt + story)[:model.config.block_size]])
-    loss = F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:], reduction="none")[len(prompt) - 1:]
-    at = dict(zip(starts, loss.tolist()))
+    at = piece_losses(model, tokenizer, encode_prompt(tokenizer, render(constraints)), row["story"])
     parts = row["constraints"][key] if key == WORDS else [row["constraints"][key]]
     return [at[place] for part in parts if (place := row["story"].find(part)) in at]
 
@@ -79,15 +71,16 @@ def main(argv=None):
         if not rows:
             raise ValueError(f"{args.data}: no row with two constraints and a story")
         models = [load_model(path) for path in args.ckpt]
+        add_rivals(rows, SEED)
+        for path, (model, tokenizer) in zip(args.ckpt, models):
+            model.float().eval()
+            print(path)
+            print(f"{'line':<10}{'n':>5}{'met with it':>14}{'without':>10}{'difference':>24}   nats: with, without")
+            for key in KEYS:
+                if some := [row for row in rows if key in row["constraints"]]:
+                    print(report(model, tokenizer, some, key), flush=True)
     except (ValueError, OSError) as e:
         fail(e)
-    add_rivals(rows, SEED)
-    for path, (model, tokenizer) in zip(args.ckpt, models):
-        model.float().eval()
-        print(f"{path}\n{'line':<10}{'n':>5}{'met with it':>14}{'without':>10}{'difference':>24}   nats: with, without")
-        for key in KEYS:
-            if some := [row for row in rows if key in row["constraints"]]:
-                print(report(model, tokenizer, some, key), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from evaluate import (
     longest_common,
     obedience,
     order_spread,
+    piece_losses,
     plain_loss,
     read_rows,
     repetition,
@@ -155,6 +156,21 @@ def test_plain_loss_is_a_sum_over_tokens(tok):
             total += torch.nn.functional.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:], reduction="sum").item()
         n += ids.size(1) - 1
     assert plain_loss(model, tok, texts) == pytest.approx(total / n, rel=1e-5)
+
+
+def test_piece_losses_stand_at_the_characters_where_pieces_begin(tok):
+    model, text = random_model(tiny_config(tok.vocab_size)), "小猫😀在河边。"
+    ids, end = tok.encode(text), text.index("在")
+    assert sum(len(tok.decode([i])) for i in ids) > len(text)  # the smiley is bytes, each no character alone
+    found = piece_losses(model, tok, [tok.eos_id], text)
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(model(torch.tensor([[tok.eos_id, *ids[:-1]]]))[0], torch.tensor(ids),
+                                                   reduction="none").tolist()
+    piece = next(i for i in range(len(ids)) if tok.decode(ids[:i]) == text[:end])
+    assert found[0] == pytest.approx(losses[0]) and found[end] == pytest.approx(losses[piece])
+    assert max(found) < len(text)
+    size = model.config.block_size
+    assert len(piece_losses(model, tok, [tok.eos_id], "小猫在河边。" * size)) <= size - 1
 
 
 # ---- the instructions ----
