@@ -39,25 +39,35 @@ def first_pieces(model, tokenizer, row, constraints, key):
     return [at[place] for part in parts if (place := row["story"].find(part)) in at]
 
 
-def report(model, tokenizer, rows, key):
-    """What this key's line does in these rows, all of which have it: a line of the table."""
+def measure(model, tokenizer, rows, key):
+    """What this key's line does in these rows, all of which have it: {"n", "with", "without": shares met, "change": its
+    interval, "nats": [with, without] or []}; None where no rule can tell."""
     full = [row["constraints"] for row in rows]
     bare = [{k: v for k, v in constraints.items() if k != key} for constraints in full]
-    shares, nats = [], ""
+    shares, nats = [], []
     for asked in (full, bare):
         told, _ = write_stories(model, tokenizer, [render(constraints) for constraints in asked], 1, SEED, SAMPLING)
         shares.append([share_met(row, key, story) for row, [story] in zip(rows, told)])
         if key in (WORDS, SENTENCE):
-            losses = [loss for row, constraints in zip(rows, asked)
-                      for loss in first_pieces(model, tokenizer, row, constraints, key)]
-            nats += f"{np.mean(losses):8.2f}"
+            nats.append(float(np.mean([loss for row, constraints in zip(rows, asked)
+                                       for loss in first_pieces(model, tokenizer, row, constraints, key)])))
     pairs = np.array([pair for pair in zip(*shares) if pair[0] is not None])
     if not len(pairs):
-        return f"{key}: nothing that a rule can tell"
-    with_it, without = pairs.mean(0)
+        return None
+    with_it, without = pairs.mean(0).tolist()
     change = interval([[a - b] for a, b in pairs], SEED)
+    return {"n": len(pairs), "with": with_it, "without": without, "change": change, "nats": nats}
+
+
+def line(key, found):
+    """A line of the table."""
+    if not found:
+        return f"{key}: nothing that a rule can tell"
+    change = found["change"]
     bounds = f"{change['rate']:+8.1%} [{change['lo']:+4.0%}, {change['hi']:+4.0%}]"
-    return f"{key + ' ' * (10 - 2 * len(key))}{len(pairs):5}{with_it:14.1%}{without:10.1%}{bounds:>24}{nats}"
+    nats = "".join(f"{loss:8.2f}" for loss in found["nats"])
+    return (f"{key + ' ' * (10 - 2 * len(key))}{found['n']:5}{found['with']:14.1%}{found['without']:10.1%}"
+            f"{bounds:>24}{nats}")
 
 
 def main(argv=None):
@@ -78,7 +88,7 @@ def main(argv=None):
             print(f"{'line':<10}{'n':>5}{'met with it':>14}{'without':>10}{'difference':>24}   nats: with, without")
             for key in KEYS:
                 if some := [row for row in rows if key in row["constraints"]]:
-                    print(report(model, tokenizer, some, key), flush=True)
+                    print(line(key, measure(model, tokenizer, some, key)), flush=True)
     except (ValueError, OSError) as e:
         fail(e)
 

@@ -1,0 +1,130 @@
+"""How much pretraining does copying need? python bench/rehearsal.py
+
+A base of 2, 5, 10 and 20 million tokens, and the one that ships (30), are fine-tuned a little, all alike. For each:
+how surely the base itself copies names and things within a story, and what the lines 词汇 and 随机句子 do after
+fine-tuning. Prints a table and draws out/rehearsal/rehearsal.png; what is there already is not made again.
+
+The four bases are stages of one run at a constant learning rate, so that fine-tuning brings the fall to each of them
+alike. The one that ships has had its own.
+"""
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pretrain  # noqa: E402
+import train_sft  # noqa: E402
+from base.card import copying  # noqa: E402
+from bench.asked import SEED, measure  # noqa: E402
+from checkpoint import WEIGHTS, load_model, write_atomic  # noqa: E402
+from constraints import SENTENCE, WORDS  # noqa: E402
+from data import generate  # noqa: E402
+from evaluate import add_rivals  # noqa: E402
+
+STEP = 4 * 512  # tokens of a step of pretraining
+STAGES = (977, 2441, 4883, 9766)  # steps
+FAST = ["--dtype", "bf16-mixed", "--compile"]
+PRETRAINING = [*FAST, "--min-lr", pretrain.SETTINGS["small"]["lr"], "--eval-every", STAGES[0]]
+STORIES = ["--n", 18_000, "--seed", train_sft.BUILTIN_SEED, "--slot-words", "--more-sentences"]
+FINE_TUNING = [*FAST, "--val-fraction", 0.01, "--max-steps", 280]
+JUDGED, JUDGED_SEED = 400, 99  # instructions
+
+
+def command(main, *argv):
+    main([str(a) for a in argv])
+
+
+def bases(out):
+    """Make the stages -> {tokens: model directory}, with the base that ships."""
+    found = {}
+    for steps in STAGES:
+        found[steps * STEP] = stage = out / f"base_{steps}"
+        if not (stage / WEIGHTS).is_file():
+            run = out / "base"
+            going_on = ["--resume"] if (run / "last").is_dir() else []
+            command(pretrain.main, *PRETRAINING, "--max-steps", steps, "--out", run, *going_on)
+            shutil.copytree(run, stage, ignore=shutil.ignore_patterns("last", "tokens"))
+    shipped = json.loads((ROOT / "base" / "corpus.json").read_text(encoding="utf-8"))
+    return found | {shipped["tokens"]: ROOT / "base"}
+
+
+def tuned(base, out):
+    """Fine-tune a base a little -> model directory."""
+    data = out / "sft.jsonl"
+    if not data.is_file():
+        command(generate.main, *STORIES, "--out", out / "stories.jsonl", "--instructions", data)
+    directory = out / f"{base.name}_sft"
+    if not (directory / "loss.png").is_file():  # the last thing that a run writes
+        command(train_sft.main, *FINE_TUNING, "--init", base, "--data", data, "--out", directory, "--overwrite")
+    return directory
+
+
+def judged():
+    """Instructions of held-out word pairs with two constraints and more, as bench/asked.py takes them."""
+    made = generate.instructions(list(generate.stories(JUDGED, JUDGED_SEED, held_out=True)), JUDGED_SEED)
+    rows = [{"constraints": r["constraints"], "story": r["output"]} for r in made if len(r["constraints"]) > 1]
+    add_rivals(rows, SEED)
+    return rows
+
+
+def results(tokens, base, out, rows):
+    """What is known of one base, kept in a file beside its fine-tuned model."""
+    path = tuned(base, out) / "copying.json"
+    if not path.is_file():
+        found = {"tokens": tokens, "base": copying(*load(base))}
+        for key in (WORDS, SENTENCE):
+            found[key] = measure(*load(path.parent), [row for row in rows if key in row["constraints"]], key)
+        write_atomic(path, lambda p: p.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load(directory):
+    model, tokenizer = load_model(directory)
+    return model.float().eval(), tokenizer
+
+
+def draw(found, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    at = [row["tokens"] / 1e6 for row in found]
+    for key, name, color in ((WORDS, "word", "tab:blue"), (SENTENCE, "sentence", "tab:orange")):
+        for side, style in (("with", "o-"), ("without", "o:")):
+            left.plot(at, [100 * row[key][side] for row in found], style, color=color, label=f"{name}, {side} its line")
+        right.plot(at, [row[key]["nats"][1] - row[key]["nats"][0] for row in found], "o-", color=color,
+                   label=f"{name}, after fine-tuning, by its line")
+    right.plot(at, [row["base"]["first"] - row["base"]["again"] for row in found], "o-", color="tab:gray",
+               label="name or thing, base, by its first coming")
+    left.set(ylabel="told (%)", ylim=0)
+    right.set(ylabel="saved at the first piece (nats)", ylim=0)
+    for ax in (left, right):
+        ax.set(xlabel="tokens of pretraining (millions)", xlim=0)
+        ax.grid(alpha=0.3)
+        ax.legend()
+    fig.savefig(path, dpi=110)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="How much pretraining does copying need?")
+    parser.add_argument("--out", type=Path, default=Path("out/rehearsal"), help="(default: out/rehearsal)")
+    out = parser.parse_args(argv).out
+    rows = judged()
+    found = [results(tokens, base, out, rows) for tokens, base in bases(out).items()]
+    print("| tokens | base: names and things, first, again | each word: with its line, without | nats | sentence "
+          "| nats |\n|---|---|---|---|---|---|")
+    for row in found:
+        lines = [f"{row[key]['with']:.0%}, {row[key]['without']:.0%} | {row[key]['nats'][0]:.2f}, "
+                 f"{row[key]['nats'][1]:.2f}" for key in (WORDS, SENTENCE)]
+        print(f"| {row['tokens'] / 1e6:.1f}M | {row['base']['first']:.2f}, {row['base']['again']:.2f} | "
+              f"{' | '.join(lines)} |")
+    draw(found, out / "rehearsal.png")
+
+
+if __name__ == "__main__":
+    main()

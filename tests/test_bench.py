@@ -1,0 +1,59 @@
+"""bench/: what a constraint line is worth, and the rehearsal of pretraining at toy size."""
+import functools
+import json
+
+import pytest
+from conftest import random_model, tiny_config
+
+import pretrain
+import train_sft
+from bench import asked, rehearsal
+
+STORY = "小猫在小河边拍皮球。皮球掉进了小河！河水哗啦啦地流着，真好听。“我帮你捞上来！”小鸭说。"
+
+
+def test_a_line_is_measured_with_and_without_it(tok, monkeypatch):
+    def told(model, tokenizer, prompts, *_):
+        return [["小猫在小河边。" if "词汇" in p else "小猫在河边。" if "特点" in p else "哞。"] for p in prompts], None
+    monkeypatch.setattr(asked, "write_stories", told)
+    rows = [{"constraints": {"词汇": ["小猫", "小河"], other: value}, "story": STORY, "rivals": []}
+            for other, value in (("特点", ["对话"]), ("随机句子", "河水哗啦啦地流着，真好听。"))]
+    model = random_model(tiny_config(tok.vocab_size))
+    found = asked.measure(model, tok, rows, "词汇")
+    # without it 小猫 is in one of the stories, 小河 in none
+    assert found["n"] == 2 and found["with"] == 1 and found["without"] == pytest.approx(0.25)
+    assert found["change"]["rate"] == pytest.approx(0.75)
+    assert len(found["nats"]) == 2 and found["nats"][0] != found["nats"][1]
+    with_line = [loss for row in rows for loss in asked.first_pieces(model, tok, row, row["constraints"], "词汇")]
+    assert found["nats"][0] == pytest.approx(sum(with_line) / 4)
+    assert asked.measure(model, tok, rows[1:], "随机句子")["with"] == 0
+    assert "100.0%     25.0%" in asked.line("词汇", found)
+    twist = [{"constraints": {"特点": ["转折"], "词汇": ["小猫"]}, "story": STORY, "rivals": []}]
+    assert asked.line("特点", asked.measure(model, tok, twist, "特点")) == "特点: nothing that a rule can tell"
+
+
+def test_the_rehearsal_makes_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rehearsal, "STAGES", (2, 3))
+    monkeypatch.setattr(rehearsal, "FAST", [])
+    monkeypatch.setattr(rehearsal, "PRETRAINING", ["--batch-size", 2, "--block-size", 512, "--eval-every", 1])
+    monkeypatch.setattr(rehearsal, "STORIES", ["--n", 40, "--seed", 2])
+    monkeypatch.setattr(rehearsal, "FINE_TUNING", ["--val-fraction", 0.1, "--max-steps", 1, "--batch-size", 2])
+    monkeypatch.setattr(rehearsal, "JUDGED", 8)
+    monkeypatch.setattr(rehearsal, "copying", functools.partial(rehearsal.copying, n=4))
+    monkeypatch.setattr(asked, "SAMPLING", asked.SAMPLING | {"max_new_tokens": 5})
+    monkeypatch.setattr(pretrain, "BUILTIN_TEXTS", 60)
+    monkeypatch.setattr(pretrain, "BUILTIN_VAL", 20)
+    monkeypatch.setattr(pretrain, "VAL_WINDOWS", 2)
+    monkeypatch.setattr(train_sft, "tell_cases", lambda *_: None)
+    argv = ["--out", str(tmp_path / "out")]
+    rehearsal.main(argv)
+    first = capsys.readouterr().out
+    found = [json.loads((tmp_path / "out" / f"{name}_sft" / "copying.json").read_text(encoding="utf-8"))
+             for name in ("base_2", "base_3", "base")]
+    assert [row["tokens"] for row in found] == [2 * 2048, 3 * 2048, 30231518]
+    assert found[2]["base"]["again"] < 1 < found[0]["base"]["again"]  # the base that ships copies, these have not begun
+    assert first.count("M | ") == 3 and (tmp_path / "out" / "rehearsal.png").is_file()
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
+    rehearsal.main(argv)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert capsys.readouterr().out.splitlines()[-3:] == first.splitlines()[-3:]
