@@ -99,12 +99,17 @@ def read_rows(path, checkable=FEATURES):
     return rows
 
 
+def generated_rows(n, seed):
+    """Instructions of n generated stories that are held out, with the story."""
+    from data.generate import instructions, stories
+    made = instructions(list(stories(n, seed, held_out=True)), seed)
+    return [{"constraints": r["constraints"], "story": r["output"]} for r in made]
+
+
 def builtin_rows():
     """The handwritten instructions, and those of generated stories, which have the story too."""
-    from data.generate import instructions, stories
-    made = instructions(list(stories(BUILTIN, BUILTIN_SEED, held_out=True)), BUILTIN_SEED)
     return ([row | {"source": "handwritten"} for row in read_rows(HANDWRITTEN)]
-            + [{"constraints": r["constraints"], "story": r["output"], "source": "generated"} for r in made])
+            + [row | {"source": "generated"} for row in generated_rows(BUILTIN, BUILTIN_SEED)])
 
 
 def builtin_training():
@@ -255,7 +260,7 @@ def piece_losses(model, tokenizer, before, text):
     """{offset: nats}: the loss of each piece of the text that fits into the context, by the character at which it
     begins. before: the ids in front of it, at least one."""
     ids = tokenizer.encode(text)
-    row = torch.tensor([(before + ids)[:model.config.block_size]])
+    row = torch.tensor([(before + ids)[:model.config.block_size]], device=model.lm_head.weight.device)
     loss = F.cross_entropy(model(row[:, :-1])[0], row[0, 1:], reduction="none")[len(before) - 1:]
     # decoded from the beginning: a character may be several pieces, and one of them alone is no character
     return {len(tokenizer.decode(ids[:i])): nats for i, nats in enumerate(loss.tolist())}

@@ -244,9 +244,8 @@ class Lab:
             rows = [{"constraints": found, "story": story} for instruction, story in validation
                     if (found := parse(instruction)[0])][:JUDGED]
             return rows, [story for _, story in validation[:JUDGED]], [story for _, story in training], detect
-        from data.generate import instructions, stories
-        made = instructions(list(stories(JUDGED, JUDGED_SEED, held_out=True)), JUDGED_SEED)
-        rows = [{"constraints": r["constraints"], "story": r["output"]} for r in made]
+        from data.generate import stories
+        rows = evaluate.generated_rows(JUDGED, JUDGED_SEED)
         plain = [record["text"] for record in stories(evaluate.PLAIN, evaluate.PLAIN_SEED)]
         return rows, plain, evaluate.builtin_training(), detect
 

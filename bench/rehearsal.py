@@ -8,6 +8,7 @@ The four bases are stages of one run at a constant learning rate, so that fine-t
 alike. The one that ships has had its own.
 """
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -20,17 +21,19 @@ import pretrain  # noqa: E402
 import train_sft  # noqa: E402
 from base.card import copying  # noqa: E402
 from bench.asked import SEED, measure  # noqa: E402
-from checkpoint import WEIGHTS, load_model, write_atomic  # noqa: E402
+from checkpoint import load_model, write_atomic  # noqa: E402
+from cli import fail  # noqa: E402
 from constraints import SENTENCE, WORDS  # noqa: E402
 from data import generate  # noqa: E402
-from evaluate import add_rivals  # noqa: E402
+from evaluate import add_rivals, generated_rows  # noqa: E402
+from runs import Lab  # noqa: E402
 
 STEP = 4 * 512  # tokens of a step of pretraining
 STAGES = (977, 2441, 4883, 9766)  # steps
-FAST = ["--dtype", "bf16-mixed", "--compile"]
-PRETRAINING = [*FAST, "--min-lr", pretrain.SETTINGS["small"]["lr"], "--eval-every", STAGES[0]]
-STORIES = ["--n", 18_000, "--seed", train_sft.BUILTIN_SEED, "--slot-words", "--more-sentences"]
-FINE_TUNING = [*FAST, "--val-fraction", 0.01, "--max-steps", 280]
+FAST = ("--dtype", "bf16-mixed", "--compile")
+PRETRAINING = (*FAST, "--min-lr", pretrain.SETTINGS["small"]["lr"], "--eval-every", STAGES[0])
+STORIES = ("--n", 18_000, "--seed", train_sft.BUILTIN_SEED, "--slot-words", "--more-sentences")
+FINE_TUNING, FINE_TUNING_STEPS = ("--compile", "--val-fraction", 0.01), 280
 JUDGED, JUDGED_SEED = 400, 99  # instructions
 
 
@@ -40,51 +43,47 @@ def command(main, *argv):
 
 def bases(out):
     """Make the stages -> {tokens: model directory}, with the base that ships."""
-    found = {}
+    found, run = {}, out / "base"
     for steps in STAGES:
         found[steps * STEP] = stage = out / f"base_{steps}"
-        if not (stage / WEIGHTS).is_file():
-            run = out / "base"
+        if not stage.is_dir():
             going_on = ["--resume"] if (run / "last").is_dir() else []
             command(pretrain.main, *PRETRAINING, "--max-steps", steps, "--out", run, *going_on)
-            shutil.copytree(run, stage, ignore=shutil.ignore_patterns("last", "tokens"))
+            half = stage.with_suffix(".new")  # a copy that was interrupted is no stage
+            shutil.copytree(run, half, ignore=shutil.ignore_patterns("last", "tokens"), dirs_exist_ok=True)
+            half.rename(stage)
     shipped = json.loads((ROOT / "base" / "corpus.json").read_text(encoding="utf-8"))
     return found | {shipped["tokens"]: ROOT / "base"}
 
 
-def tuned(base, out):
-    """Fine-tune a base a little -> model directory."""
+def fine_tuning_data(out):
     data = out / "sft.jsonl"
     if not data.is_file():
         command(generate.main, *STORIES, "--out", out / "stories.jsonl", "--instructions", data)
-    directory = out / f"{base.name}_sft"
-    if not (directory / "loss.png").is_file():  # the last thing that a run writes
-        command(train_sft.main, *FINE_TUNING, "--init", base, "--data", data, "--out", directory, "--overwrite")
-    return directory
+    return data
 
 
+@functools.cache
 def judged():
     """Instructions of held-out word pairs with two constraints and more, as bench/asked.py takes them."""
-    made = generate.instructions(list(generate.stories(JUDGED, JUDGED_SEED, held_out=True)), JUDGED_SEED)
-    rows = [{"constraints": r["constraints"], "story": r["output"]} for r in made if len(r["constraints"]) > 1]
+    rows = [row for row in generated_rows(JUDGED, JUDGED_SEED) if len(row["constraints"]) > 1]
     add_rivals(rows, SEED)
     return rows
 
 
-def results(tokens, base, out, rows):
-    """What is known of one base, kept in a file beside its fine-tuned model."""
-    path = tuned(base, out) / "copying.json"
+def results(tokens, base, data, out):
+    """Fine-tune a base a little -> what is known of it then, kept in a file beside the run."""
+    lab = Lab(base, data, out, FINE_TUNING_STEPS)
+    run = lab.sft(5e-4, "bf16-mixed", SEED, *FINE_TUNING)
+    lab.train(run)
+    path = lab.directory(run) / "copying.json"
     if not path.is_file():
-        found = {"tokens": tokens, "base": copying(*load(base))}
+        model, tokenizer = load_model(base)
+        found = {"tokens": tokens, "base": copying(model.float().eval(), tokenizer)}
         for key in (WORDS, SENTENCE):
-            found[key] = measure(*load(path.parent), [row for row in rows if key in row["constraints"]], key)
+            found[key] = measure(*lab.load(run), [row for row in judged() if key in row["constraints"]], key)
         write_atomic(path, lambda p: p.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8"))
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def load(directory):
-    model, tokenizer = load_model(directory)
-    return model.float().eval(), tokenizer
 
 
 def draw(found, path):
@@ -112,12 +111,18 @@ def draw(found, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="How much pretraining does copying need?")
+    parser.error = fail
     parser.add_argument("--out", type=Path, default=Path("out/rehearsal"), help="(default: out/rehearsal)")
     out = parser.parse_args(argv).out
-    rows = judged()
-    found = [results(tokens, base, out, rows) for tokens, base in bases(out).items()]
-    print("| tokens | base: names and things, first, again | each word: with its line, without | nats | sentence "
-          "| nats |\n|---|---|---|---|---|---|")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        data = fine_tuning_data(out)
+        found = [results(tokens, base, data, out) for tokens, base in bases(out).items()]
+    except (ValueError, OSError) as e:
+        fail(e)
+    n = {key: found[0][key]["n"] for key in (WORDS, SENTENCE)}
+    print(f"| tokens | base: names and things, first, again | each word: with its line, without ({n[WORDS]}) | nats "
+          f"| sentence ({n[SENTENCE]}) | nats |\n|---|---|---|---|---|---|")
     for row in found:
         lines = [f"{row[key]['with']:.0%}, {row[key]['without']:.0%} | {row[key]['nats'][0]:.2f}, "
                  f"{row[key]['nats'][1]:.2f}" for key in (WORDS, SENTENCE)]

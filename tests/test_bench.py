@@ -3,11 +3,14 @@ import functools
 import json
 
 import pytest
+import torch
 from conftest import random_model, tiny_config
+from safetensors.torch import load_file
 
 import pretrain
 import train_sft
 from bench import asked, rehearsal
+from checkpoint import WEIGHTS
 
 STORY = "小猫在小河边拍皮球。皮球掉进了小河！河水哗啦啦地流着，真好听。“我帮你捞上来！”小鸭说。"
 
@@ -32,12 +35,12 @@ def test_a_line_is_measured_with_and_without_it(tok, monkeypatch):
     assert asked.line("特点", asked.measure(model, tok, twist, "特点")) == "特点: nothing that a rule can tell"
 
 
-def test_the_rehearsal_makes_what_is_missing(tmp_path, monkeypatch, capsys):
+def test_the_rehearsal_makes_what_is_missing(tmp_path, monkeypatch, capsys, refused):
     monkeypatch.setattr(rehearsal, "STAGES", (2, 3))
-    monkeypatch.setattr(rehearsal, "FAST", [])
     monkeypatch.setattr(rehearsal, "PRETRAINING", ["--batch-size", 2, "--block-size", 512, "--eval-every", 1])
     monkeypatch.setattr(rehearsal, "STORIES", ["--n", 40, "--seed", 2])
-    monkeypatch.setattr(rehearsal, "FINE_TUNING", ["--val-fraction", 0.1, "--max-steps", 1, "--batch-size", 2])
+    monkeypatch.setattr(rehearsal, "FINE_TUNING", ["--val-fraction", 0.1, "--batch-size", 2])
+    monkeypatch.setattr(rehearsal, "FINE_TUNING_STEPS", 1)
     monkeypatch.setattr(rehearsal, "JUDGED", 8)
     monkeypatch.setattr(rehearsal, "copying", functools.partial(rehearsal.copying, n=4))
     monkeypatch.setattr(asked, "SAMPLING", asked.SAMPLING | {"max_new_tokens": 5})
@@ -48,12 +51,17 @@ def test_the_rehearsal_makes_what_is_missing(tmp_path, monkeypatch, capsys):
     argv = ["--out", str(tmp_path / "out")]
     rehearsal.main(argv)
     first = capsys.readouterr().out
-    found = [json.loads((tmp_path / "out" / f"{name}_sft" / "copying.json").read_text(encoding="utf-8"))
-             for name in ("base_2", "base_3", "base")]
+    found = sorted((json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "out").rglob("copying.json")),
+                   key=lambda row: row["tokens"])
     assert [row["tokens"] for row in found] == [2 * 2048, 3 * 2048, 30231518]
     assert found[2]["base"]["again"] < 1 < found[0]["base"]["again"]  # the base that ships copies, these have not begun
     assert first.count("M | ") == 3 and (tmp_path / "out" / "rehearsal.png").is_file()
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
+    stages = [load_file(tmp_path / "out" / f"base_{steps}" / WEIGHTS) for steps in (2, 3)]
+    assert any(not torch.equal(value, stages[1][name]) for name, value in stages[0].items())
+    made = {path: path.stat().st_mtime_ns for name in (WEIGHTS, "copying.json")
+            for path in (tmp_path / "out").rglob(name)}
     rehearsal.main(argv)
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert capsys.readouterr().out.splitlines()[-3:] == first.splitlines()[-3:]
+    (tmp_path / "file").touch()
+    refused(rehearsal.main, ["--out", str(tmp_path / "file")], "file")
