@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoint import load_model  # noqa: E402
 from cli import fail  # noqa: E402
-from data import generate  # noqa: E402
+from data import books, generate  # noqa: E402
 from evaluate import piece_losses, plain_loss  # noqa: E402
 from records import read_stories  # noqa: E402
 
@@ -53,6 +53,21 @@ def copying(model, tokenizer, n=200):
     return {name: sum(some) / len(some) for name, some in losses.items()}
 
 
+def reading_again(model, tokenizer, n=100):
+    """Does it copy word for word? {kind of line: loss in nats per token of n lines where they are read out a second
+    time}: of exercises that it has not seen, and of the real stories' first 30 characters, where there are some."""
+    rng = random.Random(SEED)
+    drawn = {kind: [draw() for _ in range(n)] for kind, draw in books.lines(books.load()[0], rng).items()}
+    real = texts().get("real stories, the first 300", [])
+    found = {}
+    for kind, lines in (drawn | {"real stories": [story.replace("\n", "")[:30] for story in real[:n]]}).items():
+        losses = [loss for line in lines for loss in piece_losses(
+            model, tokenizer, [tokenizer.eos_id, *tokenizer.encode(line + "\n")], line).values()]
+        if losses:
+            found[kind] = sum(losses) / len(losses)
+    return found
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure the base model and let it write ten times.")
     parser.error = fail
@@ -75,6 +90,8 @@ def main(argv=None):
     found = copying(model, tokenizer)
     print(f"\nNames and central words, nats at their first piece: {found['first']:.2f} where they come for the first "
           f"time, {found['again']:.2f} where they have come before.")
+    print("Lines read out a second time, nats per token: "
+          + ", ".join(f"{kind} {loss:.2f}" for kind, loss in reading_again(model, tokenizer).items()) + ".")
     for ids in model.generate([[tokenizer.eos_id]] * 10, model.config.block_size - 1, eos_id=tokenizer.eos_id,
                               **SAMPLES):
         print("\n" + "\n".join("> " + (line or "<br>") for line in tokenizer.decode(ids).split("\n")))

@@ -37,11 +37,12 @@ def main(argv=None):
         tokens = np.fromfile(file, np.uint16)
         held_out = [record["text"] for record in generate.stories(100, 99, held_out=True)]
         corpus = {
-            "version": generate.VERSION, "texts": pretrain.BUILTIN_TEXTS, "seed": pretrain.BUILTIN_SEED,
-            "tokens": len(tokens),
+            "version": generate.VERSION, "texts": pretrain.BUILTIN_TEXTS,
+            "exercises": pretrain.BUILTIN_EXERCISES, "seed": pretrain.BUILTIN_SEED, "tokens": len(tokens),
             "characters": sum(len(tokenizer.decode(part.tolist())) for part in np.array_split(tokens, 1000)),
             "sha256_of_token_file": hashlib.sha256(file.read_bytes()).hexdigest(),
             "sha256_of_first_1000_texts": sha256(books.texts(1000, pretrain.BUILTIN_SEED)),
+            "sha256_of_first_1000_exercises": sha256(books.exercises(1000, pretrain.BUILTIN_SEED)),
             "sha256_of_heldout_stories": sha256(held_out),
         }
         save_model(args.out, model.to(torch.bfloat16), tokenizer)

@@ -1,11 +1,12 @@
 """What the base model is pretrained on: the built-in stories, arranged as in children's readers.
 
-    python data/books.py --n 100000 --seed 1 --out out/data/books.jsonl
+    python data/books.py --n 150000 --seed 1 --out out/data/books.jsonl
+    python data/books.py --n 80000 --seed 1 --exercises --out out/data/exercises.jsonl
 
 A small model learns to copy from its context only where text repeats itself, and single stories give it little of that.
 So a text here may have a title, a list of its new words and a one-sentence retelling behind it, a second story about
-the same characters and things; and some texts are words or sentences to be read out twice. There are no instructions
-in them: those are left to fine-tuning. The authored stories come in between.
+the same characters and things. There are no instructions in them: those are left to fine-tuning. The authored stories
+come in between. Exercises are texts in which nothing but copying pays: a line, and the same line again.
 """
 import argparse
 import random
@@ -21,13 +22,16 @@ import constraints  # noqa: E402
 from data import generate  # noqa: E402
 
 TITLE, NEW_WORDS, RETOLD, SECOND = 0.5, 0.4, 0.6, 0.5  # probabilities; RETOLD: of a story with a list of new words
-RECITED = 0.15      # share of texts that are words or sentences read out twice
 AUTHORED = 0.01     # share of texts that are authored stories, in turn: 130 do not bear many repetitions
-RECENT = 3000       # sentences, the newest ones, of which some are read out
+EXERCISED = 2000    # stories whose sentences are read out in exercises
+AGAIN = 7           # times, at most, that an exercise repeats its line
+# a general list of characters, GB2312 level 1: 3,755 common ones, by rows 16 to 55 of its table
+CHARACTERS = bytes(byte for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF) for byte in (row, cell)).decode(
+    "gb2312", errors="ignore")
 
 
 def book(forms, plots, key, rng):
-    """-> a text of one or two stories, and the sentences of the first."""
+    """-> a text of one or two stories."""
     record, made = generate.compose(plots, random.Random(key))
     parts = [record["text"]]
     values = made["values"]
@@ -41,51 +45,64 @@ def book(forms, plots, key, rng):
     if rng.random() < SECOND:
         second, _ = generate.compose(plots, random.Random(f"{key}-second"), like=made)
         parts += ["", rng.choice(forms["next_story"]) + second["text"]]
-    return "\n".join(parts), constraints.sentences(record["text"])
+    return "\n".join(parts)
 
 
-def recitation(forms, words, sentences, rng):
-    """Words or sentences, and the same once or twice more."""
-    if not sentences or rng.random() < 0.6:
-        line = "、".join(rng.sample(words, rng.randint(3, 20)))
-    else:
-        line = "".join(rng.choice(sentences) for _ in range(rng.randint(1, 5)))
-    return "\n".join([line] + [rng.choice(forms["again"]) + line for _ in range(rng.choice((1, 1, 2)))])
-
-
-def texts(n, seed):
-    """Yield n texts, made one by one. Raises ValueError for bad language files."""
+def load():
+    """-> (plots, phrasings of books.toml). Raises ValueError for bad language files."""
     _, plots = generate.load()
     path = generate.LANGUAGE / "books.toml"
     forms = generate.read_toml(path)
     generate.check(forms, path, dict.fromkeys(("title", "new_words", "retold", "next_story", "again"), list), {})
-    words = sorted({entry["word"] for plot in plots for table in plot["lexicon"].values()
-                    if table.get("pos") and not table.get("in_text") for entry in table["entries"]})
+    return plots, forms
+
+
+def texts(n, seed):
+    """Yield n books, made one by one. Raises ValueError for bad language files."""
+    plots, forms = load()
     rng = random.Random(f"books-{seed}")
     authored = [record["text"] for record in generate.authored("train")]
     rng.shuffle(authored)
-    told, recent = 0, []
+    told = 0
     for i in range(n):
-        kind = rng.random()
-        if kind < AUTHORED:
+        if rng.random() < AUTHORED:
             yield authored[told % len(authored)]
             told += 1
-        elif kind < AUTHORED + RECITED:
-            yield recitation(forms, words, recent, rng)
         else:
-            text, sentences = book(forms, plots, f"{seed}-{i}", rng)
-            recent = (recent + sentences)[-RECENT:]
-            yield text
+            yield book(forms, plots, f"{seed}-{i}", rng)
+
+
+def lines(plots, rng):
+    """{kind of line: a function that draws one}: sentences of stories, words of the lexicon, characters at random."""
+    words = sorted({entry["word"] for plot in plots for table in plot["lexicon"].values()
+                    if table.get("pos") and not table.get("in_text") for entry in table["entries"]})
+    sentences = [sentence for _ in range(EXERCISED)
+                 for sentence in constraints.sentences(generate.compose(plots, rng)[0]["text"])]
+    return {"sentences": lambda: "".join(rng.sample(sentences, rng.choice((1, 1, 2)))),
+            "words": lambda: "、".join(rng.sample(words, rng.randint(2, 10))),
+            "characters": lambda: "".join(rng.choices(CHARACTERS, k=rng.randint(4, 16)))}
+
+
+def exercises(n, seed):
+    """Yield n exercises, as different kinds of lines in turn. Raises ValueError for bad language files."""
+    plots, forms = load()
+    rng = random.Random(f"exercises-{seed}")
+    kinds = list(lines(plots, rng).values())
+    for i in range(n):
+        line = kinds[i % len(kinds)]()
+        yield "\n".join([line] + [rng.choice(forms["again"]) + line for _ in range(rng.randint(1, AGAIN))])
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Write the texts that the base model is pretrained on.")
     parser.add_argument("--n", type=int, default=10_000, help="number of texts (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="same seed, same texts (default: %(default)s)")
+    parser.add_argument("--exercises", action="store_true", help="lines that are repeated, instead of books")
     parser.add_argument("--out", default="out/data/books.jsonl", help="JSONL records with a text; overwritten")
     args = parser.parse_args(argv)
     try:
-        told = tqdm(texts(args.n, args.seed), total=args.n, unit="text", disable=None)
+        made = (exercises if args.exercises else texts)(args.n, args.seed)
+        told = tqdm(made, total=args.n, unit="text", disable=None)
         generate.write_jsonl(({"text": text} for text in told), args.out)
     except (ValueError, OSError) as error:
         print(f"books.py: {error}", file=sys.stderr)

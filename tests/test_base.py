@@ -23,10 +23,11 @@ def corpus():
 
 
 def test_the_corpus_is_the_one_that_the_base_was_trained_on(corpus):
-    assert (corpus["version"], corpus["texts"], corpus["seed"]) == (
-        generate.VERSION, pretrain.BUILTIN_TEXTS, pretrain.BUILTIN_SEED)
-    first = "\n".join(books.texts(1000, corpus["seed"]))
-    assert hashlib.sha256(first.encode()).hexdigest() == corpus["sha256_of_first_1000_texts"]
+    assert (corpus["version"], corpus["texts"], corpus["exercises"], corpus["seed"]) == (
+        generate.VERSION, pretrain.BUILTIN_TEXTS, pretrain.BUILTIN_EXERCISES, pretrain.BUILTIN_SEED)
+    for made in (books.texts, books.exercises):
+        first = "\n".join(made(1000, corpus["seed"]))
+        assert hashlib.sha256(first.encode()).hexdigest() == corpus[f"sha256_of_first_1000_{made.__name__}"]
     held_out = "\n".join(r["text"] for r in generate.stories(100, 99, held_out=True))
     assert hashlib.sha256(held_out.encode()).hexdigest() == corpus["sha256_of_heldout_stories"]
 
@@ -63,9 +64,12 @@ def test_the_card_prints_losses_and_samples(capsys, monkeypatch):
     card = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(card)
     monkeypatch.setattr(card, "texts", lambda: {"ours": [r["text"] for r in generate.stories(20, card.SEED)]})
+    monkeypatch.setattr(books, "EXERCISED", 20)
     card.main([])
     out = capsys.readouterr().out
     loss, tokens, bits = (float(cell) for cell in out.split("ours (20 fit into the context) |")[1].split("|")[:3])
     assert loss < 0.5 and bits == pytest.approx(loss * tokens / 0.6931, abs=2e-3) and out.count("\n> ") >= 10
     first, again = (float(x) for x in re.findall(r"([\d.]+) where they", out))
     assert again < 1 < 3 < first  # it copies
+    by_kind = dict(re.findall(r"(sentences|words|characters) ([\d.]+)", out))
+    assert len(by_kind) == 3 and all(float(loss) < 1 for loss in by_kind.values())  # word for word

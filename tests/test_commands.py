@@ -80,12 +80,14 @@ def test_without_init_the_base_that_ships_is_tuned(model_dir, tmp_path, monkeypa
 
 
 def test_pretrain_without_data_reads_the_built_in_books(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pretrain, "BUILTIN_TEXTS", 300)
+    for name, n in (("BUILTIN_TEXTS", 300), ("BUILTIN_EXERCISES", 30), ("BUILTIN_FIRST", 10)):
+        monkeypatch.setattr(pretrain, name, n)
     pretrain.main(["--out", str(tmp_path / "base"), "--max-steps", "2", *TINY])
     model, tokenizer = load_model(tmp_path / "base")
     tokens = np.fromfile(tmp_path / "base" / "tokens" / "train.bin", np.uint16).tolist()
-    assert tokenizer.decode(tokens[:tokens.index(tokenizer.eos_id)]) == next(books.texts(1, pretrain.BUILTIN_SEED))
-    assert tokens.count(tokenizer.eos_id) == 300
+    assert tokenizer.decode(tokens[:tokens.index(tokenizer.eos_id)]) == next(
+        books.exercises(1, pretrain.BUILTIN_SEED))
+    assert tokens.count(tokenizer.eos_id) == 330
 
 
 # ---- sample.py ----

@@ -46,14 +46,15 @@ def test_books_hold_no_instructions_and_no_held_out_story(authored):
     held_out = {record["text"] for record in authored if record["split"] == "heldout"}
     assert not held_out & set(told) and {r["text"] for r in generate.authored("train")} & set(told)
     assert told[:50] == list(books.texts(50, 5)) != list(books.texts(50, 6))
+    drilled = list(books.exercises(300, 5))
+    assert not [text for text in drilled if parse(text)[0]]
+    assert drilled[:50] == list(books.exercises(50, 5)) != list(books.exercises(50, 6))
 
 
 def test_what_books_are_made_of():
     told = list(books.texts(2000, 5))
-    read_twice = [text for text in told if (lines := text.split("\n"))[1:] and lines[1].endswith(lines[0])]
-    assert 0.1 < len(read_twice) / len(told) < 0.2
     two = [text.split("\n\n") for text in told if "\n\n" in text]
-    assert 0.3 < len(two) / len(told) < 0.5
+    assert 0.4 < len(two) / len(told) < 0.6
     lexicon, _ = generate.load()
     names = [e["word"] for group in ("pet_name", "boy_name", "girl_name") for e in lexicon[group]["entries"]]
     name = re.compile("|".join(names))
@@ -62,10 +63,23 @@ def test_what_books_are_made_of():
     assert 0.3 < sum(text.startswith("《") for text in told) / len(told) < 0.6
 
 
+def test_an_exercise_is_a_line_and_the_same_again():
+    drilled = [text.split("\n") for text in books.exercises(300, 5)]
+    assert all(line.endswith(first) for first, *again in drilled for line in again)
+    assert {len(again) for _, *again in drilled} == set(range(1, books.AGAIN + 1))
+    assert len({first for first, *_ in drilled}) > 290  # nothing to know by heart
+    assert len(books.CHARACTERS) == 3755 and {"一", "啊", "座"} <= set(books.CHARACTERS)
+    assert set("".join(first for first, *_ in drilled[2::3])) <= set(books.CHARACTERS)
+    assert all("。" in first or "？" in first or "！" in first for first, *_ in drilled[0::3])
+    assert all("、" in first for first, *_ in drilled[1::3])
+
+
 def test_books_command(tmp_path, capsys):
     books.main(["--n", "5", "--seed", "2", "--out", str(tmp_path / "b.jsonl")])
     from records import read_stories
     assert read_stories(tmp_path / "b.jsonl") == list(books.texts(5, 2))
+    books.main(["--n", "5", "--seed", "2", "--exercises", "--out", str(tmp_path / "b.jsonl")])
+    assert read_stories(tmp_path / "b.jsonl") == list(books.exercises(5, 2))
 
 
 def test_books_without_a_field_are_one_line(tmp_path, monkeypatch, refused):

@@ -184,6 +184,7 @@ def test_the_handwritten_instructions():
     shown = [v for _, text, _ in CASES for v in parse(text)[0].values() if isinstance(v, str)]
     n = pretrain.BUILTIN_TEXTS if os.environ.get("CI") else 4000  # all texts of pretraining take two minutes
     told = "\n".join([*books.texts(n, pretrain.BUILTIN_SEED),
+                      *books.exercises(pretrain.BUILTIN_EXERCISES, pretrain.BUILTIN_SEED),
                       *(r["instruction"] + "\n" + r["output"] for r in train_sft.builtin_records())])
     assert "小兔" in told and not [v for v in own + shown if v.rstrip("。！？") in told]
 
