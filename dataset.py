@@ -165,11 +165,10 @@ class Replay:
 
 
 class TokenBatches:
-    """The same for packed plain text: windows of block_size tokens out of one long array, every token supervised.
-    The first pass begins with the windows of the first `head` tokens."""
+    """The same for packed plain text: windows of block_size tokens out of one long array, every token supervised."""
 
-    def __init__(self, tokens, block_size, batch_size, grad_accum, seed, head=0):
-        self.tokens, self.block_size, self.batch_size, self.seed, self.head = tokens, block_size, batch_size, seed, head
+    def __init__(self, tokens, block_size, batch_size, grad_accum, seed):
+        self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
         self.step_size = batch_size * grad_accum
         self.windows, self.spare = divmod(len(tokens) - 1, block_size)
         if self.windows < 1:
@@ -183,9 +182,6 @@ class TokenBatches:
             rng = np.random.default_rng((self.seed, epoch))
             self.epoch, self.offset = epoch, int(rng.integers(self.spare + 1))  # other cuts in every epoch
             self.order = rng.permutation(self.windows)
-            if epoch == 0:
-                behind = (self.order + 1) * self.block_size > self.head
-                self.order = self.order[np.argsort(behind, kind="stable")]
         starts = self.order[step * self.step_size:(step + 1) * self.step_size] * self.block_size + self.offset
         return [self.windows_at(starts[i:i + self.batch_size]) for i in range(0, len(starts), self.batch_size)]
 

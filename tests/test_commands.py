@@ -80,7 +80,7 @@ def test_without_init_the_base_that_ships_is_tuned(model_dir, tmp_path, monkeypa
 
 
 def test_pretrain_without_data_reads_the_built_in_books(tmp_path, monkeypatch, capsys):
-    for name, n in (("BUILTIN_TEXTS", 300), ("BUILTIN_EXERCISES", 30), ("BUILTIN_FIRST", 10)):
+    for name, n in (("BUILTIN_TEXTS", 300), ("BUILTIN_EXERCISES", 30)):
         monkeypatch.setattr(pretrain, name, n)
     pretrain.main(["--out", str(tmp_path / "base"), "--max-steps", "2", *TINY])
     model, tokenizer = load_model(tmp_path / "base")

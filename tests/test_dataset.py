@@ -114,16 +114,6 @@ def test_token_windows_cover_the_text_without_repeats():
         TokenBatches(tokens[:16], 16, 4, 1, seed=1)
 
 
-def test_the_first_tokens_are_read_first_and_only_once():
-    batches = TokenBatches(np.arange(1000, dtype=np.uint16), 16, 4, 1, seed=1, head=170)  # ten windows and a half
-    first, *others = [torch.cat([torch.cat([x[:, 0] for x, _ in batches(step)]) for step in range(begin, end)])
-                      for begin, end in ((0, 2), (2, 3), (3, 16))]
-    assert max(first) < 160 and sorted([*first, *others[0]])[:10] == list(range(int(min(first)), 160, 16))
-    assert min(others[1]) >= 160
-    again = torch.cat([x[:, 0] for step in range(16, 32) for x, _ in batches(step)])
-    assert max(again[:8]) > 160 and len(again) == 62  # later passes are mixed
-
-
 def test_fingerprints_change_with_the_data(rows):
     assert PairBatches(rows, 4, 1, 0).fingerprint() == PairBatches(list(rows), 8, 2, 1).fingerprint()
     assert PairBatches(rows, 4, 1, 0).fingerprint() != PairBatches(rows[:-1], 4, 1, 0).fingerprint()

@@ -114,7 +114,7 @@ def test_a_base_of_a_quarter_of_the_tokens(model_dir, tmp_path, monkeypatch):
     for module in (runs, train_sft):
         monkeypatch.setattr(module, "find_base", lambda: model_dir)
     for module, name, value in ((train_sft, "BUILTIN_STORIES", 60), (pretrain, "BUILTIN_TEXTS", 60),
-                                (pretrain, "BUILTIN_EXERCISES", 9), (pretrain, "BUILTIN_FIRST", 3),
+                                (pretrain, "BUILTIN_EXERCISES", 9),
                                 (pretrain, "BUILTIN_VAL", 8), (pretrain, "BUILTIN_TOKENIZER", 60), (runs, "JUDGED", 2),
                                 (reproduce, "SIZES", (10, 20)), (reproduce, "SEEDS", (1,))):
         monkeypatch.setattr(module, name, value)
