@@ -39,6 +39,7 @@ def main(argv=None):
         corpus = {
             "version": generate.VERSION, "texts": pretrain.BUILTIN_TEXTS,
             "exercises": pretrain.BUILTIN_EXERCISES, "seed": pretrain.BUILTIN_SEED, "tokens": len(tokens),
+            "epochs": json.loads((args.run / "args.json").read_text(encoding="utf-8"))["epochs"],
             "characters": sum(len(tokenizer.decode(part.tolist())) for part in np.array_split(tokens, 1000)),
             "sha256_of_token_file": hashlib.sha256(file.read_bytes()).hexdigest(),
             "sha256_of_first_1000_texts": sha256(books.texts(1000, pretrain.BUILTIN_SEED)),

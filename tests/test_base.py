@@ -71,5 +71,5 @@ def test_the_card_prints_losses_and_samples(capsys, monkeypatch):
     assert loss < 0.5 and bits == pytest.approx(loss * tokens / 0.6931, abs=2e-3) and out.count("\n> ") >= 10
     first, again = (float(x) for x in re.findall(r"([\d.]+) where they", out))
     assert again < 1 < 3 < first  # it copies
-    by_kind = dict(re.findall(r"(sentences|words|characters) ([\d.]+)", out))
+    by_kind = dict(re.findall(r"(sentences|words|characters) (\d+\.\d+)", out))
     assert len(by_kind) == 3 and all(float(loss) < 1 for loss in by_kind.values())  # word for word

@@ -46,7 +46,6 @@ def test_the_rehearsal_makes_what_is_missing(tmp_path, monkeypatch, capsys, refu
     monkeypatch.setattr(asked, "SAMPLING", asked.SAMPLING | {"max_new_tokens": 5})
     monkeypatch.setattr(pretrain, "BUILTIN_TEXTS", 60)
     monkeypatch.setattr(pretrain, "BUILTIN_EXERCISES", 9)
-    monkeypatch.setattr(pretrain, "BUILTIN_FIRST", 3)
     monkeypatch.setattr(pretrain, "BUILTIN_VAL", 20)
     monkeypatch.setattr(pretrain, "VAL_WINDOWS", 2)
     monkeypatch.setattr(train_sft, "tell_cases", lambda *_: None)
@@ -56,7 +55,7 @@ def test_the_rehearsal_makes_what_is_missing(tmp_path, monkeypatch, capsys, refu
     found = sorted((json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "out").rglob("copying.json")),
                    key=lambda row: row["tokens"])
     shipped = json.loads((ROOT / "base" / "corpus.json").read_text(encoding="utf-8"))
-    assert [row["tokens"] for row in found] == [2 * 2048, 3 * 2048, shipped["tokens"]]
+    assert [row["tokens"] for row in found] == [2 * 2048, 3 * 2048, round(shipped["epochs"] * shipped["tokens"])]
     assert found[2]["base"]["again"] < 1 < found[0]["base"]["again"]  # the base that ships copies, these have not begun
     assert first.count("M | ") == 3 and (tmp_path / "out" / "rehearsal.png").is_file()
     stages = [load_file(tmp_path / "out" / f"base_{steps}" / WEIGHTS) for steps in (2, 3)]
