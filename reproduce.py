@@ -383,7 +383,7 @@ def tell_little_data(lab, got):
                 for name in ("base of a quarter", "base")]
         blocks.append(report.table(["base", "loss before", "loss after", "all of 1 met", "seeds"], rows))
     else:
-        blocks.append(report.text("A base at a quarter of its tokens: only of the base that ships, which can be made "
+        blocks.append(report.text("A base of a quarter of one pass: only with the base that ships, which can be made "
                                   "again."))
     findings = [
         Finding("too little data holds it back", "loss of 500 stories - of 13,000, one order",
