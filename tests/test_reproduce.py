@@ -14,6 +14,7 @@ import reproduce
 import runs
 import sweep
 import train_sft
+from sample import has_bf16
 
 
 @pytest.fixture
@@ -63,10 +64,11 @@ def test_all_experiments_and_a_finding_that_does_not_hold(toy, tmp_path, capsys)
     assert not re.findall(r'(?:src|href)="(?!data:)', report) and report.count("<img") == 5
     assert (out / "report.md").read_text(encoding="utf-8").count("汤姆和杰瑞") == 1
 
-    # bf16-true loses small updates, and stochastic rounding does not
+    # bf16-true loses small updates, and stochastic rounding does not; without bfloat16 units all three are float32
     unchanged = {key: [float(r["unchanged"]) for r in table if r["experiment"] == "1" and r["key"] == f"{key} 0.0001"]
                  for key in ("bf16-true", "bf16-mixed", "stochastic")}
-    assert min(unchanged["bf16-true"]) > max(unchanged["stochastic"]) > max(unchanged["bf16-mixed"])
+    if has_bf16(torch.device("cpu")):
+        assert min(unchanged["bf16-true"]) > max(unchanged["stochastic"]) > max(unchanged["bf16-mixed"])
 
     # what is judged is judged whole
     judged = json.loads(next(out.glob("runs/*/eval.json")).read_text(encoding="utf-8"))
