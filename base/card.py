@@ -22,6 +22,7 @@ from evaluate import piece_losses, plain_loss  # noqa: E402
 from records import read_stories  # noqa: E402
 
 SEED = 98  # of stories that nothing is trained on
+REAL = "real stories, the first 300"
 SAMPLES = {"temperature": 0.8, "top_p": 1.0, "seed": 1}
 
 
@@ -32,7 +33,7 @@ def texts():
     folder = os.environ.get("MICROSTORIES_REAL_DATA")
     if folder:
         path = Path(folder, "real_stories_zh.jsonl")
-        found["real stories, the first 300"] = list(islice(read_stories(path), 300))
+        found[REAL] = list(islice(read_stories(path), 300))
     return found
 
 
@@ -53,18 +54,18 @@ def copying(model, tokenizer, n=200):
     return {name: sum(some) / len(some) for name, some in losses.items()}
 
 
-def reading_again(model, tokenizer, n=100):
+def reading_again(model, tokenizer, real=(), n=100):
     """Does it copy word for word? {kind of line: loss in nats per token of n lines where they are read out a second
-    time}: of exercises that it has not seen, and of the real stories' first 30 characters, where there are some."""
+    time}: of exercises that it has not seen, and of the first 30 characters of real stories, where there are some."""
     rng = random.Random(SEED)
     drawn = {kind: [draw() for _ in range(n)] for kind, draw in books.lines(books.load()[0], rng).items()}
-    real = texts().get("real stories, the first 300", [])
+    if real:
+        drawn["real stories"] = [story.replace("\n", "")[:30] for story in real[:n]]
     found = {}
-    for kind, lines in (drawn | {"real stories": [story.replace("\n", "")[:30] for story in real[:n]]}).items():
+    for kind, lines in drawn.items():
         losses = [loss for line in lines for loss in piece_losses(
             model, tokenizer, [tokenizer.eos_id, *tokenizer.encode(line + "\n")], line).values()]
-        if losses:
-            found[kind] = sum(losses) / len(losses)
+        found[kind] = sum(losses) / len(losses)
     return found
 
 
@@ -90,8 +91,9 @@ def main(argv=None):
     found = copying(model, tokenizer)
     print(f"\nNames and central words, nats at their first piece: {found['first']:.2f} where they come for the first "
           f"time, {found['again']:.2f} where they have come before.")
+    again = reading_again(model, tokenizer, told.get(REAL))
     print("Lines read out a second time, nats per token: "
-          + ", ".join(f"{kind} {loss:.2f}" for kind, loss in reading_again(model, tokenizer).items()) + ".")
+          + ", ".join(f"{kind} {loss:.2f}" for kind, loss in again.items()) + ".")
     for ids in model.generate([[tokenizer.eos_id]] * 10, model.config.block_size - 1, eos_id=tokenizer.eos_id,
                               **SAMPLES):
         print("\n" + "\n".join("> " + (line or "<br>") for line in tokenizer.decode(ids).split("\n")))

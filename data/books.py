@@ -74,8 +74,7 @@ def texts(n, seed):
 
 def lines(plots, rng):
     """{kind of line: a function that draws one}: sentences of stories, words of the lexicon, characters at random."""
-    words = sorted({entry["word"] for plot in plots for table in plot["lexicon"].values()
-                    if table.get("pos") and not table.get("in_text") for entry in table["entries"]})
+    words = sorted({word for plot in plots for word in plot["slot_words"]})
     sentences = [sentence for _ in range(EXERCISED)
                  for sentence in constraints.sentences(generate.compose(plots, rng)[0]["text"])]
     return {"sentences": lambda: "".join(rng.sample(sentences, rng.choice((1, 1, 2)))),

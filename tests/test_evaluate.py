@@ -182,7 +182,7 @@ def test_the_handwritten_instructions():
     own = [v for r in rows for k, v in r["constraints"].items() if k in ("摘要", "随机句子")]
     assert len(set(own)) == len(own)
     shown = [v for _, text, _ in CASES for v in parse(text)[0].values() if isinstance(v, str)]
-    n = pretrain.BUILTIN_TEXTS if os.environ.get("CI") else 4000  # all texts of pretraining take two minutes
+    n = pretrain.BUILTIN_TEXTS if os.environ.get("CI") else 4000  # all texts of pretraining take minutes
     told = "\n".join([*books.texts(n, pretrain.BUILTIN_SEED),
                       *books.exercises(pretrain.BUILTIN_EXERCISES, pretrain.BUILTIN_SEED),
                       *(r["instruction"] + "\n" + r["output"] for r in train_sft.builtin_records())])
