@@ -35,11 +35,14 @@ def main(argv=None):
         model, tokenizer = load_model(args.run)
         file = args.run / "tokens" / "train.bin"
         tokens = np.fromfile(file, np.uint16)
+        settings = json.loads((args.run / "args.json").read_text(encoding="utf-8"))
+        steps = json.loads((args.run / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
+        read = steps * settings["batch_size"] * settings["grad_accum"] * settings["block_size"]  # tokens
         held_out = [record["text"] for record in generate.stories(100, 99, held_out=True)]
         corpus = {
             "version": generate.VERSION, "texts": pretrain.BUILTIN_TEXTS,
             "exercises": pretrain.BUILTIN_EXERCISES, "seed": pretrain.BUILTIN_SEED, "tokens": len(tokens),
-            "epochs": json.loads((args.run / "args.json").read_text(encoding="utf-8"))["epochs"],
+            "epochs": round(read / len(tokens), 2),
             "characters": sum(len(tokenizer.decode(part.tolist())) for part in np.array_split(tokens, 1000)),
             "sha256_of_token_file": hashlib.sha256(file.read_bytes()).hexdigest(),
             "sha256_of_first_1000_texts": sha256(books.texts(1000, pretrain.BUILTIN_SEED)),

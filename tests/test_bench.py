@@ -1,6 +1,7 @@
 """bench/: what a constraint line is worth, and the rehearsal of pretraining at toy size."""
 import functools
 import json
+import random
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from safetensors.torch import load_file
 
 import pretrain
 import train_sft
-from bench import asked, rehearsal
+from bench import asked, lost_sentence, rehearsal
 from checkpoint import WEIGHTS
+from data import generate
 
 STORY = "小猫在小河边拍皮球。皮球掉进了小河！河水哗啦啦地流着，真好听。“我帮你捞上来！”小鸭说。"
 
@@ -67,3 +69,57 @@ def test_the_rehearsal_makes_what_is_missing(tmp_path, monkeypatch, capsys, refu
     assert capsys.readouterr().out.splitlines()[-3:] == first.splitlines()[-3:]
     (tmp_path / "file").touch()
     refused(rehearsal.main, ["--out", str(tmp_path / "file")], "file")
+
+
+def grammar():
+    """Two plots, compiled: one with a beat of two phrasings and two endings, and another one."""
+    who = generate.Slot("hero")
+    windy = [["风吹走了", who, "的", ["红", "蓝"], "帽子。"], ["", who, "的帽子飞到天上去了。"]]
+    endings = [[["", who, "爬上树把它拿回来。"]], [["谁也没有再见过它。"]]]
+    hat = [{"beats": [(False, (windy, windy)), (False, (ending, ending))]} for ending in endings]
+    rain = [["雨下了三天三夜，", who, "只好待在家里。"]]
+    return [{"name": "hat", "endings": hat}, {"name": "rain", "endings": [{"beats": [(False, (rain, rain))]}]}]
+
+
+@pytest.mark.parametrize("told, expected", [
+    ("风吹走了豆豆的红帽子。谁也没有再见过它。", "met"),
+    ("雨下了三天三夜，豆豆只好待在家里。", "plot"),
+    ("从前有一座山。", "plot"),
+    ("豆豆爬上树把它拿回来。", "beat"),
+    ("豆豆的帽子飞到天上去了。豆豆爬上树把它拿回来。", "phrasing"),
+    ("风吹走了乐乐的红帽子。乐乐爬上树把它拿回来。", "words"),
+    ("风吹走了豆豆的蓝帽子。豆豆爬上树把它拿回来。", "words"),
+])
+def test_where_a_sentence_is_lost(told, expected):
+    own = "风吹走了豆豆的红帽子。豆豆爬上树把它拿回来。"
+    phrasings = lost_sentence.all_phrasings(grammar())
+    assert len(phrasings) == 5  # the beat that both endings have counts once
+    assert lost_sentence.lost_at("风吹走了豆豆的红帽子。", own, told, phrasings) == expected
+    assert lost_sentence.lost_at("好大的风！", "好大的风！" + own, told, phrasings) is None
+
+
+def test_shares_of_lost_sentences(tok, monkeypatch):
+    own = "风吹走了豆豆的红帽子。豆豆爬上树把它拿回来。"
+    rows = [{"constraints": {"随机句子": sentence}, "story": "好大的风！" + own}
+            for sentence in ("风吹走了豆豆的红帽子。", "豆豆爬上树把它拿回来。", "好大的风！")]
+    monkeypatch.setattr(lost_sentence, "write_stories", lambda _model, _tok, prompts, *_: ([[own[:11]]] * 3, None))
+    shares, n = lost_sentence.measure(None, tok, rows, lost_sentence.all_phrasings(grammar()))
+    assert n == 2 and shares == {"plot": 0, "beat": 0.5, "phrasing": 0, "words": 0, "met": 0.5}
+
+
+def test_lost_sentences_need_sentences(tmp_path, refused):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"instruction": "特点：对话", "output": STORY}), encoding="utf-8")
+    refused(lost_sentence.main, [str(ROOT / "base"), "--data", str(path)], "no row with a sentence")
+    refused(lost_sentence.main, [str(ROOT / "base"), "--data", str(tmp_path / "none.jsonl")], "none.jsonl")
+
+
+def test_every_story_of_the_grammar_is_known_by_its_plot():
+    plots = generate.load()[1]
+    phrasings = lost_sentence.all_phrasings(plots)
+    kept = 0
+    for i in range(60):
+        record, made = generate.compose(plots, random.Random(f"known-{i}"))
+        assert lost_sentence.analysed(record["text"], phrasings)[0] == made["plot"]["name"]
+        kept += lost_sentence.lost_at(record["sentence"], record["text"], record["text"], phrasings) == "met"
+    assert kept > 54
