@@ -76,12 +76,14 @@ def lost_at(sentence, own, told, phrasings):
 
 
 def measure(model, tokenizer, rows, phrasings):
-    """What is missed first in stories told for these rows, all of which have a sentence: {PLOT: share, ...}, and n."""
+    """What is missed first in stories told for these rows, all of which have a sentence: {PLOT: share, ...}, and of
+    how many; {} and 0 where no sentence is of the grammar."""
     told, _ = write_stories(model, tokenizer, [render(row["constraints"]) for row in rows], 1, SEED, SAMPLING)
     lost = Counter(lost_at(row["constraints"][SENTENCE], row["story"], story, phrasings)
                    for row, [story] in zip(rows, told))
     del lost[None]
-    return {step: lost[step] / max(lost.total(), 1) for step in (PLOT, BEAT, PHRASING, WORDS, MET)}, lost.total()
+    n = lost.total()
+    return {step: lost[step] / n for step in (PLOT, BEAT, PHRASING, WORDS, MET) if n}, n
 
 
 def main(argv=None):
@@ -100,10 +102,10 @@ def main(argv=None):
         for path, (model, tokenizer) in zip(args.ckpt, models):
             print(f"{path}: what is missed first")
             for name, there in (("without", False), ("with", True)):
-                some = [row for row in rows if (SUMMARY in row["constraints"]) is there]
-                shares, n = measure(model.float().eval(), tokenizer, some, phrasings)
-                print(f"{name:>8} {SUMMARY}, n {n:3}: "
-                      + ", ".join(f"{step} {share:.0%}" for step, share in shares.items()), flush=True)
+                if some := [row for row in rows if (SUMMARY in row["constraints"]) is there]:
+                    shares, n = measure(model.float().eval(), tokenizer, some, phrasings)
+                    told = ", ".join(f"{step} {share:.0%}" for step, share in shares.items())
+                    print(f"{name:>8} {SUMMARY}, n {n:3}: {told or 'no sentence of the grammar'}", flush=True)
     except (ValueError, OSError) as e:
         fail(e)
 

@@ -107,6 +107,15 @@ def test_shares_of_lost_sentences(tok, monkeypatch):
     assert n == 2 and shares == {"plot": 0, "beat": 0.5, "phrasing": 0, "words": 0, "met": 0.5}
 
 
+def test_no_share_of_no_sentences(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+    row = {"instruction": "随机句子：河水哗啦啦地流着，真好听。", "output": STORY}
+    path.write_text(json.dumps(row), encoding="utf-8")
+    monkeypatch.setattr(lost_sentence, "write_stories", lambda _model, _tok, rows, *_: ([[STORY] for _ in rows], 1))
+    lost_sentence.main([str(ROOT / "base"), "--data", str(path)])
+    assert capsys.readouterr().out.splitlines()[1:] == [" without 摘要, n   0: no sentence of the grammar"]
+
+
 def test_lost_sentences_need_sentences(tmp_path, refused):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"instruction": "特点：对话", "output": STORY}), encoding="utf-8")
