@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import features
 import lora
 from checkpoint import find_base, load_model, write_atomic
-from cli import fail
+from cli import fail, not_negative
 from constraints import (
     FEATURE,
     FEATURES,
@@ -354,7 +354,7 @@ def highest_rouge2(stories, training):
 # ---- all of it ----
 
 def evaluate(model, tokenizer, rows, base=None, plain=(), training=(), samples=2, seed=1337, temperature=0.2, top_p=0.9,
-             top_k=30, max_new_tokens=400, detect=None, progress=False, with_floor=True):
+             top_k=30, guidance_scale=1.0, max_new_tokens=400, detect=None, progress=False, with_floor=True):
     """-> the dict of eval.json, without args.
 
     rows: of `read_rows`. base: the untuned model with the same tokenizer, for gen_nll, base_nll and the floor. plain:
@@ -362,7 +362,8 @@ def evaluate(model, tokenizer, rows, base=None, plain=(), training=(), samples=2
     对话 is checked. Losses are in nats per token. The same seed gives the same dict.
     """
     add_rivals(rows, seed)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "guidance_scale": guidance_scale,
+                "max_new_tokens": max_new_tokens}
     instructions = [render(row["constraints"]) for row in rows]
     was_training = model.training
     model.eval()
@@ -469,6 +470,8 @@ def parse_args(argv=None):
                                                  "--ckpt)")
     parser.add_argument("--samples", type=int, default=2, help="stories an instruction (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is argmax (default: %(default)s)")
+    parser.add_argument("--guidance-scale", type=not_negative(float), default=1.0,
+                        help="above 1 the prompt counts for more (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     args = parser.parse_args(argv)
@@ -504,7 +507,7 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         plain = [record["text"] for record in stories(PLAIN, PLAIN_SEED)]
         result = evaluate(model, tokenizer, rows, base, plain, training, args.samples, args.seed, args.temperature,
-                          detect=detect, progress=True)
+                          guidance_scale=args.guidance_scale, detect=detect, progress=True)
     except (ValueError, OSError) as e:
         fail(e)
     result["args"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

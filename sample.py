@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import lora
 from checkpoint import find_base, load_model, write_atomic
-from cli import fail
+from cli import fail, not_negative
 from constraints import LIST_KEYS, WORDS, check, parse
 from dataset import encode_prompt
 from records import read_blocks, read_records, text_field
@@ -112,11 +112,11 @@ def tell(model, tokenizer, kind, text, max_new_tokens, seed, sampling):
         print("\n" + verdicts(text, story))
 
 
-def tell_cases(model, tokenizer, max_new_tokens=400, seed=1337):
+def tell_cases(model, tokenizer, max_new_tokens=400, seed=1337, guidance_scale=1.0):
     """The study's eight test cases, each with the study's own sampling values."""
     for kind, text, sampling in CASES:
         try:
-            tell(model, tokenizer, kind, text, max_new_tokens, seed, sampling)
+            tell(model, tokenizer, kind, text, max_new_tokens, seed, sampling | {"guidance_scale": guidance_scale})
         except ValueError as e:  # a model of a very short context
             print(f"{text}\n({e})")
 
@@ -206,6 +206,8 @@ def parse_args(argv=None):
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is argmax (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.9, help="in (0, 1] (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=30, help="0 is off (default: %(default)s)")
+    parser.add_argument("--guidance-scale", type=not_negative(float), default=1.0,
+                        help="above 1 the prompt counts for more, at twice the work; try 1.5 (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=400, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
     # machine
@@ -227,7 +229,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k or None}
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k or None,
+                "guidance_scale": args.guidance_scale}
     asked = [("instruction", text.replace("\\n", "\n")) for text in args.instruction]
     asked += [("prompt", text) for text in args.prompt]
     try:
@@ -248,7 +251,7 @@ def main(argv=None):
     for kind, text in asked:
         tell(model, tokenizer, kind, text, args.max_new_tokens, args.seed, sampling)
     if not prompts and not asked:
-        tell_cases(model, tokenizer, args.max_new_tokens, args.seed)
+        tell_cases(model, tokenizer, args.max_new_tokens, args.seed, args.guidance_scale)
 
 
 if __name__ == "__main__":

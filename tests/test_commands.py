@@ -136,6 +136,7 @@ def test_instructions_and_prompts(say, model_dir):
     greedy = ["--prompt", "小猫在河边", "--temperature", "0"]
     assert say(*greedy) == say(*greedy, "--seed", "9") and say("--prompt", "小猫", "--temperature", "2") != say(
         "--prompt", "小猫", "--temperature", "2", "--seed", "9")
+    assert say(*greedy, "--guidance-scale", "30") != say(*greedy) == say(*greedy, "--guidance-scale", "1")
     model, tok = load_model(model_dir)
     ids = model.eval().generate([tok.encode("小猫在河边")], 12, temperature=0, eos_id=tok.eos_id)[0]
     assert "小猫在河边" + tok.decode(ids) in say(*greedy)  # streamed text == whole decode
@@ -174,7 +175,7 @@ def test_output_streams_through_a_pipe_in_utf8(model_dir):
 BAD_FLAGS = [
     (sample, ["--temperature", "-0.1"], "--temperature"), (sample, ["--temperature", "nan"], "--temperature"),
     (sample, ["--top-p", "0"], "--top-p"), (sample, ["--top-p", "1.5"], "--top-p"),
-    (sample, ["--top-k", "-1"], "--top-k"),
+    (sample, ["--top-k", "-1"], "--top-k"), (sample, ["--guidance-scale", "-1"], "--guidance-scale"),
     (sample, ["--max-new-tokens", "0"], "--max-new-tokens"), (sample, ["--out", "x.jsonl"], "--file"),
     (sample, ["--dtype", "fp8"], "--dtype"), (sample, ["--device", "abacus"], "--device"),
     (sample, ["--ckpt", "nowhere"], "nowhere"), (sample, ["--file", "nowhere.txt"], "nowhere.txt"),

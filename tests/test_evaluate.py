@@ -243,12 +243,13 @@ def test_the_command_is_reproducible_and_complete(model_dir, pairs_file, tok, tm
     base = tmp_path / "base"
     save_model(base, random_model(tiny_config(tok.vocab_size), seed=1), tok)
     results = []
-    for name in "ab":
+    for name, scale in (("a", "1"), ("b", "1"), ("guided", "30")):
         evaluate.main(["--ckpt", str(model_dir), "--base", str(base), "--data", str(pairs_file), "--samples", "1",
-                       "--out", str(tmp_path / name), "--device", "cpu"])
+                       "--out", str(tmp_path / name), "--device", "cpu", "--guidance-scale", scale])
         results.append(json.loads((tmp_path / name / "eval.json").read_text(encoding="utf-8")))
     assert (tmp_path / "a" / "eval.png").stat().st_size > 5000
     assert results[0].pop("args") != results[1].pop("args") and results[0] == results[1]
+    assert results[2]["gen_nll"] != results[0]["gen_nll"] and results[2]["plain_nll"] == results[0]["plain_nll"]
     assert set(results[0]) >= {"satisfied", "independent", "by_kind", "order_spread", "plain_nll", "base_nll",
                                "gen_nll", "rep4", "distinct2", "distinct3", "eos_rate", "mean_chars", "lcs", "rouge2",
                                "ceiling", "floor", "seed"}
