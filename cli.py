@@ -17,6 +17,7 @@ def positive(kind):
         if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not a positive number")
         return value
+    parse.__name__ = kind.__name__  # what argparse calls it where the text is no number
     return parse
 
 
@@ -26,6 +27,7 @@ def not_negative(kind):
         if not 0 <= value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is below 0")
         return value
+    parse.__name__ = kind.__name__  # what argparse calls it where the text is no number
     return parse
 
 

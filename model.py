@@ -202,7 +202,7 @@ class GPT(nn.Module):
             raise ValueError(f"a prompt must have 1 to {limit} tokens")
         if guided and (eos_id is None or not guidance_scale >= 0):
             raise ValueError("guidance needs guidance_scale >= 0 and an eos_id")
-        rows = [*prompts, *([[eos_id]] * len(prompts) if guided else [])]  # each story is written after both
+        rows = [*prompts, *[[eos_id]] * len(prompts)] if guided else prompts  # each story is written after both
         weight = self.lm_head.weight
         device = weight.device
         rng = None if seed is None else torch.Generator(device).manual_seed(seed)
@@ -222,11 +222,11 @@ class GPT(nn.Module):
         for step in range(max_new_tokens):
             used = min(longest + step, size)
             x = self.hidden(idx, pos, [(k[:, :, :used], v[:, :, :used]) for k, v in cache])  # (B, T, C)
-            logits = self.lm_head(x[torch.arange(B, device=device), last])  # (B, V): the head runs once a row
+            logits = self.lm_head(x[torch.arange(B, device=device), last]).float()  # (B, V): the head runs once a row
             if guided:
                 asked, unasked = logits.chunk(2)  # (B/2, V) each
                 logits = unasked + guidance_scale * (asked - unasked)
-            new = sample_next(logits.float(), temperature, top_k, top_p, rng)[:, None]  # a row each prompt
+            new = sample_next(logits, temperature, top_k, top_p, rng)[:, None]  # a row each prompt
             idx = new.repeat(B // len(prompts), 1)  # (B, 1)
             ids = new[:, 0].tolist()
             alive = [a and i != eos_id for a, i in zip(alive, ids)]

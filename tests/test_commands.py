@@ -107,6 +107,7 @@ def test_the_eight_cases_are_the_default(say):
     for text in ("汤姆和杰瑞是一对好朋友", "特点：转折\n", "摘要：一只小蚂蚁在花园里寻找吃的，最后找到了一个苹果。",
                  "随机句子：天空中飘着几朵白云。\n摘要"):
         assert text in out
+    assert say("--guidance-scale", "30") != out
 
 
 def test_cases_that_do_not_fit_are_told_so(tok, capsys):
@@ -182,7 +183,8 @@ BAD_FLAGS = [
     (sample, ["--nonsense"], "--nonsense"), (sample, ["--instruction", "长" * 300], "no room"),
     (sample, ["--file", ".", "--out", "."], "--out"), (train_sft, ["--seed", "-1"], "--seed"),
     (train_sft, ["--out", sample.__file__], "--out"),
-    (train_sft, ["--dtype", "fp8"], "--dtype"), (train_sft, ["--lr", "-1"], "--lr"), (train_sft, ["--lr", "x"], "--lr"),
+    (train_sft, ["--dtype", "fp8"], "--dtype"), (train_sft, ["--lr", "-1"], "--lr"),
+    (train_sft, ["--lr", "x"], "--lr: invalid float value: 'x'"),
     (train_sft, ["--val-fraction", "1"], "--val-fraction"), (train_sft, ["--batch-size", "0"], "--batch-size"),
     (train_sft, ["--warmup", "-1"], "--warmup"), (train_sft, ["--device", "cuda:77"], "--device"),
     (train_sft, ["--data", "nowhere.jsonl"], "nowhere.jsonl"), (train_sft, ["--data", "."], "train.jsonl"),
