@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, STORIES, random_model, tiny_config
 from safetensors.torch import load_file, save_file
 
+import average
 import pretrain
 import sample
 import train_sft
@@ -282,6 +283,29 @@ def test_bad_rows_reach_the_user(model_dir, tmp_path, refused):
     data.write_text("\n\n")
     refused(sample.main, ["--ckpt", model_dir, "--file", data], "no prompts")
     assert not (tmp_path / "run").exists()
+
+
+def test_average(tok, tmp_path, capsys, refused):
+    models = [random_model(tiny_config(tok.vocab_size), seed) for seed in range(3)]
+    models[2].bfloat16()
+    a, b, c = (tmp_path / name for name in "abc")
+    for path, model in zip((a, b, c), models):
+        save_model(path, model, tok)
+    average.main([str(a), str(b), str(c), "--out", str(tmp_path / "mean")])
+    assert "3 models" in capsys.readouterr().out
+    mean, _ = load_model(tmp_path / "mean")
+    for p, *others in zip(mean.parameters(), *(model.parameters() for model in models)):
+        assert p.dtype == torch.float32 and torch.allclose(p, sum(o.float() for o in others) / 3, atol=1e-6)
+
+    refused(average.main, [a, "--out", tmp_path / "one"], "two or more")
+    refused(average.main, [a, b, "--out", c], c, "already")
+    refused(average.main, [a, tmp_path / "none", "--out", tmp_path / "two"], "none", "config.json")
+    save_model(tmp_path / "wide", random_model(tiny_config(tok.vocab_size, n_layer=3)), tok)
+    refused(average.main, [a, tmp_path / "wide", "--out", tmp_path / "two"], "wide", "another model")
+    other = pretrain.train_tokenizer(STORIES[:20] * 8, tok.vocab_size)
+    save_model(tmp_path / "other", random_model(tiny_config(tok.vocab_size)), other)
+    refused(average.main, [a, tmp_path / "other", "--out", tmp_path / "two"], "other", "tokenizer")
+    assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
 
 
 def test_an_output_directory_that_holds_a_run_is_not_touched(model_dir, pairs_file, stories_file, tmp_path, refused):
