@@ -1,7 +1,7 @@
-"""Average the weights of models: python average.py out/sft_more out/sft_last --out out/sft_long
+"""Average the weights of models: python average.py out/sft_more out/sft_last --out out/sft_mean
 
-Models that were trained from each other are often ends of one valley: their mean lies lower than either, and keeps
-what each alone would have lost (Wortsman et al. 2022, "Model soups"). Models of different origin have no such mean.
+Models that were trained from each other often lie in one valley, and their mean lower in it than either (Wortsman et
+al. 2022, "Model soups"). Models of different origin have no such mean.
 """
 import argparse
 from pathlib import Path
