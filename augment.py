@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from cli import fail, fraction, not_negative, positive
+from common import fail, fraction, not_negative, positive
 from constraints import (
     FEATURE,
     FEATURES,

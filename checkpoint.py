@@ -7,7 +7,6 @@ Any Llama-shaped Hugging Face directory loads (grouped-query, untied head, sever
 written: each is made beside its place and then renamed.
 """
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import tokenizer as tokenizers
+from common import write_atomic
 from model import GPT, GPTConfig
 
 WEIGHTS = "model.safetensors"
@@ -186,9 +186,3 @@ def load_last(out):
     last, state = find_last(out)
     return *load_model(last), state
 
-
-def write_atomic(path, write):
-    """write(temporary path), then rename: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)

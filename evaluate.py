@@ -18,10 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import features
 import lora
-from checkpoint import find_base, load_model, write_atomic
-from cli import fail, not_negative
+from checkpoint import find_base, load_model
+from common import fail, not_negative, pick_device, write_atomic
 from constraints import (
     FEATURE,
     FEATURES,
@@ -43,7 +42,8 @@ from constraints import (
 from dataset import by_length
 from model import IGNORE
 from records import read_records, read_stories, text_field
-from sample import continue_all, encode, find_model, pick_device
+from sample import continue_all, encode, find_model
+from study import features
 
 HANDWRITTEN = Path(__file__).parent / "data" / "eval_instructions.jsonl"
 BUILTIN, BUILTIN_SEED = 100, 99  # instructions of generated stories that stand beside the handwritten ones

@@ -99,7 +99,7 @@ def fingerprints(model):
 def save(directory, model, base="", base_fingerprints=None):
     """Write an adapter directory. base: where the base model is, for PEFT's users. base_fingerprints: those of the base
     as it was loaded, if its precision has been changed since."""
-    from checkpoint import write_atomic
+    from common import write_atomic
     directory, parts = Path(directory), adapters(model)
     one = next(iter(parts.values()))
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": one.r,
@@ -187,7 +187,7 @@ TARGETS = {"attention": ATTENTION, "all-linear": [*ATTENTION, "gate_proj", "up_p
 
 
 def parse_args(argv):
-    from cli import fraction, positive
+    from common import fraction, positive
     from model import PRESETS
     from train_sft import parse, sft_parser
     parser = sft_parser("Fine-tune low-rank adapters on a base model, with the loop, data and flags of train_sft.py. "
@@ -222,9 +222,9 @@ def main(argv=None):
     import sys
 
     from checkpoint import find_last, load_model
-    from cli import fail
+    from common import fail, pick_device
     from model import PRESETS
-    from sample import pick_device, tell_cases
+    from sample import tell_cases
     from train_sft import builtin_base, check_out, load_batches, train
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["merge"]:
@@ -268,7 +268,7 @@ def merge(argv):
     import argparse
 
     from checkpoint import load_model, save_model
-    from cli import fail
+    from common import fail
     parser = argparse.ArgumentParser(prog="lora.py merge", description="An adapter and its base into one plain model.")
     parser.error = fail
     parser.add_argument("adapter", type=Path)

@@ -15,12 +15,11 @@ from tqdm import tqdm
 
 import tokenizer as tokenizers
 from checkpoint import fits, load_last, load_model, save_model
-from cli import fail, positive
+from common import fail, pick_device, positive
 from constraints import KEYS
 from dataset import PROMPT, TokenBatches
 from model import GPT, PRESETS
 from records import read_stories, split_by_story
-from sample import pick_device
 from train_sft import check_out, data_files, parse, train, training_parser
 
 # What differs from fine-tuning's defaults. small: those of the base that ships.

@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 import lora
-from checkpoint import find_base, load_model, write_atomic
-from cli import fail, not_negative
+from checkpoint import find_base, load_model
+from common import fail, not_negative, pick_device, pick_dtype, write_atomic
 from constraints import LIST_KEYS, WORDS, check, parse
 from dataset import encode_prompt
 from records import read_blocks, read_records, text_field
@@ -40,34 +40,6 @@ CASES = [
     ("instruction", f"{TWO_WORDS}\n{CLOUDS}\n{ANT}", COMBINED),
 ]
 BATCH = 64  # prompts of a file that are continued at once
-
-
-def pick_device(name):
-    """--device -> torch.device; the fastest there is if none is named. Raises ValueError if it is not there."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
-    return torch.device(name)
-
-
-def has_bf16(device):
-    """False where bfloat16 products are emulated: over a hundred times slower than float32's on a CPU of AVX2."""
-    if device.type == "cpu":
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # no public function tells
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def pick_dtype(name, device):
-    """--dtype, or 32-true with a notice on a device that has no bfloat16. None: the fast one for the device."""
-    if name is None:
-        return "32-true" if device.type == "cpu" else pick_dtype("bf16-mixed", device)
-    if name != "32-true" and not has_bf16(device):
-        print(f"notice: this {device.type} has no bfloat16; --dtype 32-true instead of {name}", file=sys.stderr)
-        return "32-true"
-    return name
 
 
 def find_model(ckpt, adapter=None):

@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -16,12 +15,12 @@ import torch
 from tqdm import tqdm
 
 import lora
-from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model, write_atomic
-from cli import fail, fraction, not_negative, positive
+from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model
+from common import StopSignals, fail, fraction, not_negative, pick_device, pick_dtype, positive, write_atomic
 from dataset import PairBatches, Replay, by_length, encode_pairs, encode_prompt, encode_stories, varied_prompts
 from model import IGNORE
 from records import read_instructions, read_stories, split_by_story
-from sample import pick_device, pick_dtype, tell_cases
+from sample import tell_cases
 
 
 def get_lr(step, total, warmup, lr, min_lr, decay_rate=1.0):
@@ -45,23 +44,6 @@ def backward(forward, micro_batches, precision, device):
         part.backward()
         loss += part.item()
     return loss
-
-
-class StopSignals:
-    """Ctrl-C and SIGTERM ask the loop to stop after the step that is under way; a second one kills at once."""
-
-    def __enter__(self):
-        self.requested = False
-        self.previous = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def request(self, number, frame):
-        self.requested = True
-        signal.signal(number, self.previous[number])
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 def train(model, write, batches, val_batches, args, state=None, make_optimizer=torch.optim.AdamW):

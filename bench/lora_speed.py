@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from tqdm import trange  # noqa: E402
 
 import lora  # noqa: E402
-from cli import positive  # noqa: E402
+from common import positive  # noqa: E402
 from model import GPT, IGNORE, PRESETS  # noqa: E402
 from sample import pick_device  # noqa: E402
 from train_sft import backward  # noqa: E402

@@ -33,7 +33,7 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import tokenizer as tokenizers  # noqa: E402
-from cli import fail, positive  # noqa: E402
+from common import fail, positive  # noqa: E402
 from data.download import PIECE, checksum, download, file_name, is_url  # noqa: E402
 from parallel import in_order  # noqa: E402
 from records import RowError, place, scan_stream, text_field  # noqa: E402

@@ -4,10 +4,10 @@ import os
 import random
 from pathlib import Path
 
+from study import features
 import pytest
 import torch
 
-import features
 from checkpoint import save_model
 from model import GPT, GPTConfig
 from pretrain import train_tokenizer

@@ -4,13 +4,13 @@ import shutil
 import subprocess
 import sys
 
+import average
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, STORIES, random_model, tiny_config
 from safetensors.torch import load_file, save_file
 
-import average
 import pretrain
 import sample
 import train_sft

@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.asked import SAMPLING, SEED  # noqa: E402
+
 from checkpoint import load_model  # noqa: E402
-from cli import fail  # noqa: E402
+from common import fail  # noqa: E402
 from constraints import SENTENCE, SUMMARY, render  # noqa: E402
 from data import generate  # noqa: E402
 from evaluate import read_rows, write_stories  # noqa: E402

@@ -16,8 +16,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import pretrain  # noqa: E402
-from checkpoint import load_model, save_model, write_atomic  # noqa: E402
-from cli import fail  # noqa: E402
+from checkpoint import load_model, save_model  # noqa: E402
+from common import fail  # noqa: E402
 from data import books, generate  # noqa: E402
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import load_model  # noqa: E402
-from cli import fail  # noqa: E402
+from common import fail  # noqa: E402
 from data import books, generate  # noqa: E402
 from evaluate import piece_losses, plain_loss  # noqa: E402
 from records import read_stories  # noqa: E402

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from checkpoint import load_model  # noqa: E402
-from cli import fail  # noqa: E402
+from common import fail  # noqa: E402
 from constraints import KEYS, SENTENCE, WORDS, render  # noqa: E402
 from dataset import encode_prompt  # noqa: E402
 from evaluate import add_rivals, interval, piece_losses, read_rows, verdicts, write_stories  # noqa: E402

@@ -13,14 +13,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import features
 import torch
 
 import evaluate
-import features
 import lora
 import pretrain
 import train_sft
-from checkpoint import WEIGHTS, find_base, load_last, load_model, save_model, write_atomic
+from checkpoint import WEIGHTS, find_base, load_last, load_model, save_model
 from constraints import parse
 from dataset import by_length, encode_pairs
 from model import IGNORE

@@ -6,13 +6,13 @@ import statistics
 from pathlib import Path
 
 import pytest
+import reproduce
+import runs
+import sweep
 import torch
 from conftest import STORIES
 
 import pretrain
-import reproduce
-import runs
-import sweep
 import train_sft
 from sample import has_bf16
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import write_atomic
-from cli import fail
+from common import fail
 from constraints import FEATURES
 
 NAMES = [name for name in FEATURES if name != "对话"]  # 对话 is seen by a rule, see constraints.py

@@ -17,16 +17,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import pretrain  # noqa: E402
-import train_sft  # noqa: E402
 from base.card import copying  # noqa: E402
 from bench.asked import SEED, measure  # noqa: E402
-from checkpoint import load_model, write_atomic  # noqa: E402
-from cli import fail  # noqa: E402
+from runs import Lab  # noqa: E402
+
+import pretrain  # noqa: E402
+import train_sft  # noqa: E402
+from checkpoint import load_model  # noqa: E402
+from common import fail  # noqa: E402
 from constraints import SENTENCE, WORDS  # noqa: E402
 from data import generate  # noqa: E402
 from evaluate import add_rivals, generated_rows  # noqa: E402
-from runs import Lab  # noqa: E402
 
 STEP = 4 * 512  # tokens of a step of pretraining
 STAGES = (977, 2441, 4883, 9766)  # steps

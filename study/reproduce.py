@@ -23,17 +23,17 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 import report
 import sweep
+from runs import Lab, Mix, Run
+from tqdm import tqdm
+
 import train_sft
 from checkpoint import gpt_config
-from cli import fail, positive
+from common import fail, positive
 from constraints import parse, permutations, render
 from model import PRESETS
 from records import story_hash
-from runs import Lab, Mix, Run
 
 SEEDS = (1, 2, 3)
 STUDY = {"run 1": (1e-4, "bf16-true", 1), "run 2": (5e-4, "bf16-true", 1), "run 3": (5e-4, "bf16-true", 2),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_model, save_model
-from cli import fail
+from common import fail
 
 
 def average(directories):

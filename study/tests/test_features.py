@@ -2,11 +2,10 @@
 import json
 import random
 
+import features
 import numpy as np
 import pytest
 import torch
-
-import features
 from features import NAMES, Detector, auc, balanced_threshold, buckets, fit, gram_hashes, held_out_scores
 
 

@@ -1,0 +1,210 @@
+"""What every command shares: the command line and its errors, device and precision, atomic writes, stop signals, and
+the processes of a torchrun."""
+import argparse
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+# ---- the command line ----
+
+def command_line(description, prog=None):
+    """-> an ArgumentParser whose errors are one line. From here on no character can crash the output: what the
+    terminal's encoding lacks (✓ on a Chinese Windows, redirected) is printed as a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    parser = argparse.ArgumentParser(prog, description=description)
+    parser.error = fail
+    return parser
+
+
+def fail(message):
+    """End the command for a user error: one clear line, exit code 2, no traceback."""
+    if rank() == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def number(kind, allowed, says):
+    """-> a type for argparse: a finite number of this kind (int or float) for which `allowed` holds."""
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and allowed(value)):
+            raise argparse.ArgumentTypeError(f"{text} {says}")
+        return value
+    parse.__name__ = kind.__name__  # what argparse calls it where the text is not a number
+    return parse
+
+
+def positive(kind):
+    return number(kind, lambda value: value > 0, "is not a positive number")
+
+
+def not_negative(kind):
+    return number(kind, lambda value: value >= 0, "is below 0")
+
+
+fraction = number(float, lambda value: 0 <= value < 1, "is outside [0, 1)")
+
+
+# ---- device and precision ----
+
+def pick_device(name):
+    """--device -> torch.device; the fastest there is if none is named (under torchrun, this process's own GPU).
+    Raises ValueError if it is not there."""
+    if name is None:
+        name = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available()
+                else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def has_bf16(device):
+    """False where bfloat16 products are emulated: over a hundred times slower than float32's on a CPU of AVX2."""
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # no public function tells
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def pick_dtype(name, device):
+    """--dtype, or 32-true with a notice on a device that has no bfloat16. None: the fast one for the device."""
+    if name is None:
+        return "32-true" if device.type == "cpu" else pick_dtype("bf16-mixed", device)
+    if name != "32-true" and not has_bf16(device):
+        print(f"notice: this {device.type} has no bfloat16; --dtype 32-true instead of {name}", file=sys.stderr)
+        return "32-true"
+    return name
+
+
+# ---- files ----
+
+def write_atomic(path, write):
+    """write(temporary path), then rename: a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask says; safetensors makes its files for their owner alone
+        write(temporary)
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text):
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path, records):
+    """Records (an iterable) -> a file of one JSON object a line; its folder is made."""
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, write)
+
+
+@contextlib.contextmanager
+def new_directory(path):
+    """with new_directory(path) as work: … fills the directory `work`, which becomes `path` when all is done (in place
+    of what was there). Where something goes wrong, nothing is left of it, and what was there stays."""
+    path = Path(path)
+    work, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        yield work
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        work.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_writable(directory):
+    """Can files be made in this directory (or where it would be made)? To be asked before hours of work, not after.
+    Raises OSError naming the folder; leaves nothing behind."""
+    there = Path(directory).absolute()
+    while not there.exists():
+        there = there.parent
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as e:
+        raise OSError(f"cannot write to {directory}: {e.strerror} ({there})") from None
+
+
+# ---- stopping ----
+
+class StopSignals:
+    """Ctrl-C and SIGTERM ask the loop to stop after the step that is under way; a second one kills at once (not under
+    torchrun, which passes on a Ctrl-C that the terminal has sent to all processes already)."""
+
+    def __enter__(self):
+        self.requested = False
+        self.previous = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def request(self, number, frame):
+        self.requested = True
+        if world() == 1:
+            signal.signal(number, self.previous[number])
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+# ---- the processes of a torchrun; without one there is a single process, of rank 0 ----
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(device):
+    """Let the processes of a torchrun find each other; all but the first keep quiet. Without torchrun: nothing."""
+    if world() == 1 or dist.is_initialized():
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def wait_for_all():
+    """Nobody goes on before everybody is here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def sum_over_processes(tensor):
+    """In place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor

@@ -1,0 +1,55 @@
+"""The built-in data sets: which stories of the built-in world are for what. No two parts share a seed, and no story
+that anything is judged by is ever trained on (tests/test_corpus.py)."""
+import functools
+
+from data import books, generate
+
+SEEDS = {  # of data/generate.py and data/books.py
+    "pretraining": 1,
+    "fine-tuning": 2,
+    "pretraining, validation": 3,
+    "features": 97,       # the labelled stories of study/features.py
+    "plain stories": 98,  # on which forgetting is measured
+    "instructions": 99,   # that a model is judged by: of word pairs that no training story has together
+}
+BOOKS, EXERCISES = 150_000, 80_000  # texts of pretraining. Without exercises word-for-word copying does not form
+VALIDATION_STORIES = 200            # in thirty million tokens (docs/log.md)
+STORIES, AUTHORED = 3000, 2         # of fine-tuning; and how many instructions each authored story gets
+REPLAYED = 5000                     # texts of pretraining that --replay draws from
+PLAIN, INSTRUCTIONS = 100, 100
+
+
+def pretraining():
+    """Yield the texts that the base model reads."""
+    yield from books.exercises(EXERCISES, SEEDS["pretraining"])
+    yield from books.texts(BOOKS, SEEDS["pretraining"])
+
+
+def pretraining_validation():
+    """-> plain stories, a list of texts."""
+    return [r["text"] for r in generate.stories(VALIDATION_STORIES, SEEDS["pretraining, validation"])]
+
+
+def replayed():
+    """Yield the texts of the base's pretraining that --replay reads again."""
+    return books.texts(REPLAYED, SEEDS["pretraining"])
+
+
+@functools.cache  # many fine-tunings in one process ask for them
+def fine_tuning():
+    """-> instruction records. The authored stories come twice, under other constraints: 8% of the rows, for they are
+    the only ones in a language that no grammar makes, and too few for more."""
+    seed = SEEDS["fine-tuning"]
+    records = [*generate.stories(STORIES, seed), *generate.authored("train") * AUTHORED]
+    return list(generate.instructions(records, seed))
+
+
+def plain_stories():
+    """-> stories that nothing is trained on, a list of texts."""
+    return [r["text"] for r in generate.stories(PLAIN, SEEDS["plain stories"])]
+
+
+def held_out_instructions(n=INSTRUCTIONS):
+    """-> instruction records of stories with a pair of words that no training story has together."""
+    seed = SEEDS["instructions"]
+    return list(generate.instructions(list(generate.stories(n, seed, held_out=True)), seed))
