@@ -207,6 +207,14 @@ def text_field(path, row, record, names, required=True):
     return value.strip()
 
 
+def instruction_of(path, row, record, required=True):
+    """`instruction`, a newline and `input`; one of them may be missing, and both if not `required`."""
+    parts = [text_field(path, row, record, [name], required=False) for name in ("instruction", "input")]
+    if required and not any(parts):
+        text_field(path, row, record, ["instruction", "input"])  # raises
+    return "\n".join(filter(None, parts))
+
+
 def read_instructions(path):
     """-> list of (instruction, output); the instruction is `instruction`, a newline and `input`, if there is one."""
     pairs = []
