@@ -95,7 +95,7 @@ HEAD = re.compile(rf"""
     {LISTED} (?P<emphasis>[*_`]+)? {LISTED}
     (?P<open>[{QUOTES}]?) (?P<name>[^\W_][\w\ {INVISIBLE}-]*?) [\s{INVISIBLE}]* (?P<close>[{CLOSING}]?)
     (?(emphasis) (?P<ended>(?P=emphasis))? ) [\s{INVISIBLE}]*
-    (?: (?P<colon>[：:﹕∶]) | (?<=】) | (?<=】\*\*) )""", re.X)
+    (?: (?P<colon>[：:﹕∶]) | (?<=】) )""", re.X)
 LONGEST_HEAD = 60  # characters; stories have long lines, and no key is so long
 
 

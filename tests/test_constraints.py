@@ -117,6 +117,8 @@ def test_what_is_asked_stays_as_it_is_written(line, key, before, behind):
 
 
 def test_a_line_in_bold_ends_where_its_text_does():
+    assert parse("摘要：\u200b小狗迷路了。\ufeff\n\u200b")[0] == {"摘要": "小狗迷路了。"}
+    assert parse("摘要：\u200b") == ({}, "")
     assert parse("**摘要：小狗迷路了。**")[0] == {"摘要": "小狗迷路了。"}
     assert parse("**摘要：** 小狗迷路了。")[0] == {"摘要": "小狗迷路了。"}
 
@@ -145,7 +147,7 @@ def test_several_keys_in_one_line():
     "词，汇：铲子", "新词汇：铲子",
     "他说：词汇：铲子", "它学了很多词汇：大、小。", "1. 小猫，词汇：铲子", "*" * 70, "_" * 70 + "：",
     "- " * 40 + "：", "：铲子", "；；",
-    "他学了词汇；它的特点是慢。", "“你好；词汇”：铲子", "天很蓝；（总结：好）"])
+    "天很蓝；【总结】好", "他学了词汇；它的特点是慢。", "“你好；词汇”：铲子", "天很蓝；（总结：好）"])
 def test_what_is_no_key(text):
     assert parse(text) == ({}, text)
     assert normalize(text) == text
