@@ -83,15 +83,16 @@ def test_the_commands(model_dir, pairs_file, command, tmp_path):
         assert step == same and b == pytest.approx(a, rel=1e-4)  # AdamW enlarges what rounding leaves
 
     # stopped as torchrun stops its processes; resumed by two it is the same run bit for bit, by one it is close
-    process = subprocess.Popen([*TORCHRUN, *map(str, command), "--out", str(tmp_path / "stopped")], cwd=ROOT, env=ENV,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    argv = [*TORCHRUN, *map(str, command), "--out", str(tmp_path / "stopped"), "--save-every", "20"]
+    process = subprocess.Popen(argv, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
     log = tmp_path / "stopped" / "log.jsonl"
     while not (log.exists() and '"step": 3,' in log.read_text()):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C goes to all of them, and torchrun passes it on once more
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C, which torchrun passes on to its processes
     process.communicate(timeout=60)
-    assert process.returncode != 0 and load_last(tmp_path / "stopped")[2]["step"] < 20
+    assert process.returncode != 0 and 0 < load_last(tmp_path / "stopped")[2]["step"] < 20
     subprocess.run(["cp", "-r", tmp_path / "stopped", tmp_path / "by_one"], check=True)
     assert torchrun("train_sft.py", "--resume", "--out", tmp_path / "stopped").returncode == 0
     a, b = (load_file(tmp_path / name / "last" / WEIGHTS) for name in ("two", "stopped"))
