@@ -461,7 +461,7 @@ def describe(args, records, val, clusters, near, numbers):
         "rows_by_number_of_constraints": {n: sum(ns) for n, ns in sorted(by_number.items())},
         "rows_by_kind": {key: by_kind[key] for key in KEYS},
         "settings": {name: str(value) if isinstance(value, Path) else value
-                     for name, value in vars(args).items() if name not in ("files", "overwrite")},
+                     for name, value in vars(args).items() if name not in ("files", "out", "overwrite")},
     }
 
 
