@@ -58,7 +58,6 @@ NEAR_LIMIT = 200_000  # records up to which near-duplicates are looked for
 SHINGLE, BANDS, BAND = 8, 32, 8  # characters of a shingle; 32 bands of 8 minima find 99.7% of pairs of Jaccard 0.8
 NEAR = 0.8
 CHINESE = re.compile("[\u4e00-\u9fff]")
-STUDY_ROWS = 5.46  # a record, of the study: 71,000 rows of 13,000 records
 
 
 @dataclass(slots=True)
@@ -452,8 +451,7 @@ def describe(args, records, val, clusters, near, numbers):
             "records_with_a_near_duplicate": sum(n for n in siblings.values() if n > 1) if near else None,
         },
         "rows": {"before": len(train), "after": rows, "per_record": round(rows / len(train), 3),
-                 "per_record_of_the_study": STUDY_ROWS, "records_without_a_row": sum(n == 0 for _, n in train),
-                 "validation": len(records) - len(train)},
+                 "records_without_a_row": sum(n == 0 for _, n in train), "validation": len(records) - len(train)},
         "exposure": {"rows_per_story": {"least": min(exposure.values()), "mean": round(rows / len(exposure), 3),
                                         "most": max(exposure.values())},
                      "mean_by_number_of_constraints": {n: round(sum(ns) / len(ns), 3)
@@ -516,7 +514,7 @@ def main(argv=None):
     rows, sides = report["rows"], report["split"]
     print(f"{report['records']:,} records, {sum(report['rejected'].values()):,} rejected; {sides['train_records']:,} "
           f"of {sides['train_stories']:,} stories to train on, {sides['val_records']:,} for validation")
-    print(f"{rows['after']:,} rows, {rows['per_record']} a record (the study: {STUDY_ROWS}); all in {args.out}")
+    print(f"{rows['after']:,} rows, {rows['per_record']} a record; all in {args.out}")
 
 
 if __name__ == "__main__":
