@@ -397,6 +397,7 @@ def test_mistakes_are_one_line_and_leave_what_is_there(tmp_path, refused):
     assert set(before) == {"train.jsonl", "val.jsonl", "rejected.jsonl", "report.json"}
     refused(augment.main, [path, "--out", out], "--overwrite")
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
     refused(augment.main, [path, "--out", tmp_path / "mine", "--overwrite"], "mine", "is not replaced")
     refused(augment.main, [path, "--out", path / "x"], "cannot write to", path)
     refused(augment.main, [tmp_path / "missing", "--out", out, "--overwrite"], "missing")
