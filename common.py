@@ -157,11 +157,22 @@ def check_writable(directory):
         raise OSError(f"cannot write to {directory}: {e.strerror} ({there})") from None
 
 
+def check_new(directory, overwrite, mark):
+    """May `new_directory` make this one? mark: the file that shows that it is an older result of the same command.
+    Raises ValueError and OSError."""
+    directory = Path(directory)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        if not overwrite:
+            raise ValueError(f"--out {directory} is there already: --overwrite replaces it")
+        if not (directory / mark).is_file():
+            raise ValueError(f"--out {directory} has no {mark}, so it is something else, and is not replaced")
+    check_writable(directory.parent)
+
+
 # ---- stopping ----
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask the loop to stop after the step that is under way; a second one kills at once (not under
-    torchrun, which passes on a Ctrl-C that the terminal has sent to all processes already)."""
+    """Ctrl-C and SIGTERM ask the loop to stop after the step that is under way; a second one kills at once."""
 
     def __enter__(self):
         self.requested = False
@@ -170,8 +181,7 @@ class StopSignals:
 
     def request(self, number, frame):
         self.requested = True
-        if world() == 1:
-            signal.signal(number, self.previous[number])
+        signal.signal(number, self.previous[number])
 
     def __exit__(self, *_):
         for number, handler in self.previous.items():

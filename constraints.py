@@ -64,19 +64,6 @@ KEY_OF = _lookup(KEY_ALIASES | {STORY: STORY_ALIASES})
 FEATURE_OF = _lookup(FEATURE_ALIASES)
 
 
-def extend_aliases(aliases):
-    """Add spellings of keys, features or 故事: {"词汇": ["生词"], "对话": ["谈话"]}. Raises ValueError."""
-    for canonical, others in aliases.items():
-        table = KEY_OF if canonical in (*KEYS, STORY) else FEATURE_OF if canonical in FEATURES else None
-        if table is None:
-            raise ValueError(f"unknown name {canonical!r} (known: {'，'.join((*KEYS, STORY, *FEATURES))})")
-        if not isinstance(others, list) or not all(isinstance(name, str) and _name(name) for name in others):
-            raise ValueError(f"{canonical!r} needs a list of spellings")
-        for name in map(_name, others):
-            if table.setdefault(name, canonical) != canonical:
-                raise ValueError(f"{name!r} already stands for {table[name]!r}")
-
-
 # ---- reading and writing ----
 
 NEWLINE = re.compile(r"\r\n|\r|\n")  # not str.splitlines(), which also cuts at U+2028, form feeds and the like

@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 
-import average
 import numpy as np
 import pytest
 import torch
@@ -12,11 +11,12 @@ from conftest import ROOT, STORIES, random_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import common
 import pretrain
 import sample
 import train_sft
-from checkpoint import load_model, save_model
-from data import books
+from checkpoint import load_model, save_model, save_tokenizer
+from data import books, builtin
 
 TINY = ["--vocab-size", "500", "--block-size", "128", "--batch-size", "2", "--device", "cpu"]
 
@@ -70,25 +70,28 @@ def test_a_large_vocabulary_gets_wider_token_files(tok, tmp_path, monkeypatch):
 # ---- train_sft.py without --init ----
 
 def test_without_init_the_base_that_ships_is_tuned(model_dir, tmp_path, monkeypatch, capsys, refused):
-    monkeypatch.setattr(train_sft, "BUILTIN_STORIES", 60)
+    monkeypatch.setattr(builtin, "STORIES", 60)
+    builtin.fine_tuning.cache_clear()
     monkeypatch.setattr(train_sft, "find_base", lambda: model_dir)
     for name in "ab":
         train_sft.main(["--max-steps", "2", "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / name)])
         assert f"base model: {model_dir}" in capsys.readouterr().out
     one, other = (tmp_path / name / "last/model.safetensors" for name in "ab")
     assert one.read_bytes() == other.read_bytes()  # same seed, same bytes
-    monkeypatch.setattr(train_sft, "find_base", lambda: None)
+    builtin.fine_tuning.cache_clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint, "WEIGHTS", "none")
     refused(train_sft.main, ["--out", tmp_path / "c"], "no base model", "--init")
 
 
 def test_pretrain_without_data_reads_the_built_in_books(tmp_path, monkeypatch, capsys):
-    for name, n in (("BUILTIN_TEXTS", 300), ("BUILTIN_EXERCISES", 30)):
-        monkeypatch.setattr(pretrain, name, n)
+    for name, n in (("BOOKS", 300), ("EXERCISES", 30)):
+        monkeypatch.setattr(builtin, name, n)
     pretrain.main(["--out", str(tmp_path / "base"), "--max-steps", "2", *TINY])
     model, tokenizer = load_model(tmp_path / "base")
     tokens = np.fromfile(tmp_path / "base" / "tokens" / "train.bin", np.uint16).tolist()
     assert tokenizer.decode(tokens[:tokens.index(tokenizer.eos_id)]) == next(
-        books.exercises(1, pretrain.BUILTIN_SEED))
+        books.exercises(1, builtin.SEEDS["pretraining"]))
     assert tokens.count(tokenizer.eos_id) == 330
 
 
@@ -118,10 +121,9 @@ def test_cases_that_do_not_fit_say_so(tok, capsys):
 
 def test_bare_ckpt_takes_the_last_sft_run_else_the_base(model_dir, tmp_path, monkeypatch, capsys, refused):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint, "WEIGHTS", "gone.safetensors")
-    refused(sample.main, ["--ckpt"], "no base model")
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "WEIGHTS", "none")
+        refused(sample.main, ["--ckpt"], "no base model", "--ckpt")
     monkeypatch.setattr(checkpoint, "find_base", lambda: model_dir)
     sample.main(["--ckpt", "--prompt", "小猫", "--max-new-tokens", "3"])
     assert str(model_dir) in capsys.readouterr().err
@@ -260,6 +262,17 @@ def weights(edit):
     return change
 
 
+def shard_of(name):
+    """The weights at `name`, and an index that says so."""
+    def change(path):
+        if not name.startswith("/"):
+            shutil.copy(path / "model.safetensors", path / name)
+        (path / "model.safetensors").unlink()
+        index = {"weight_map": {"model.norm.weight": name}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return change
+
+
 @pytest.mark.parametrize("change, words", [
     (without("tokenizer.model"), ["tokenizer.model"]),
     (without("config.json"), ["config.json"]),
@@ -272,6 +285,9 @@ def weights(edit):
     (config(model_type="gpt2"), ["model_type", "gpt2"]),
     (config(attention_bias=True), ["attention_bias"]),
     (config(rope_parameters={"rope_type": "yarn"}), ["rope_parameters", "yarn"]),
+    (config(rope_scaling={"type": "linear", "factor": 2.0}), ["rope_scaling", "linear"]),
+    (shard_of("../outside.safetensors"), ["../outside.safetensors", "not the name of a file"]),
+    (shard_of("/etc/outside.safetensors"), ["/etc/outside.safetensors", "not the name of a file"]),
     (config(tie_word_embeddings=False), ["lm_head.weight", "missing"]),
     (lambda path: (path / "config.json").write_text("{"), ["config.json", "line 1"]),
     (lambda path: (path / "config.json").write_text("[1]"), ["config.json"]),
@@ -293,12 +309,20 @@ def test_a_broken_model_directory(change, words, model_dir, pairs_file, tmp_path
 def test_a_tokenizer_that_does_not_fit(model_dir, tok, tmp_path, refused):
     save_model(tmp_path / "other", random_model(tiny_config(tok.vocab_size)), tok)
     small = pretrain.train_tokenizer(STORIES, 300)
-    small.save(tmp_path / "other")
+    save_tokenizer(tmp_path / "other", small)
     model = random_model(tiny_config(1000))
     save_model(tmp_path / "padded", model, tok)  # up to 511 unused rows are padding
     assert load_model(tmp_path / "padded")[0].config.vocab_size == 1000
     save_model(tmp_path / "wide", random_model(tiny_config(1200)), tok)
     refused(sample.main, ["--ckpt", tmp_path / "wide"], "vocabulary of 1200")
+
+
+def test_the_rope_theta_in_rope_parameters_counts(model_dir, tmp_path):
+    """As transformers 5 reads it."""
+    both = config(rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": 3e4})
+    assert load_model(broken(model_dir, tmp_path / "both", both))[0].config.rope_base == 3e4
+    old = config(rope_theta=5e5, rope_scaling=None)
+    assert load_model(broken(model_dir, tmp_path / "old", old))[0].config.rope_base == 5e5
 
 
 def test_bad_rows_reach_the_user(model_dir, tmp_path, refused):
@@ -314,29 +338,6 @@ def test_bad_rows_reach_the_user(model_dir, tmp_path, refused):
     assert not (tmp_path / "run").exists()
 
 
-def test_average(tok, tmp_path, capsys, refused):
-    models = [random_model(tiny_config(tok.vocab_size), seed) for seed in range(3)]
-    models[2].bfloat16()
-    a, b, c = (tmp_path / name for name in "abc")
-    for path, model in zip((a, b, c), models):
-        save_model(path, model, tok)
-    average.main([str(a), str(b), str(c), "--out", str(tmp_path / "mean")])
-    assert "3 models" in capsys.readouterr().out
-    mean, _ = load_model(tmp_path / "mean")
-    for p, *others in zip(mean.parameters(), *(model.parameters() for model in models)):
-        assert p.dtype == torch.float32 and torch.allclose(p, sum(o.float() for o in others) / 3, atol=1e-6)
-
-    refused(average.main, [a, "--out", tmp_path / "one"], "two or more")
-    refused(average.main, [a, b, "--out", c], c, "already")
-    refused(average.main, [a, tmp_path / "none", "--out", tmp_path / "two"], "none", "config.json")
-    save_model(tmp_path / "wide", random_model(tiny_config(tok.vocab_size, n_layer=3)), tok)
-    refused(average.main, [a, tmp_path / "wide", "--out", tmp_path / "two"], "wide", "another model")
-    other = pretrain.train_tokenizer(STORIES[:20] * 8, tok.vocab_size)
-    save_model(tmp_path / "other", random_model(tiny_config(tok.vocab_size)), other)
-    refused(average.main, [a, tmp_path / "other", "--out", tmp_path / "two"], "other", "tokenizer")
-    assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
-
-
 def test_an_output_directory_that_holds_a_run_is_not_touched(model_dir, pairs_file, stories_file, tmp_path, refused):
     out = broken(model_dir, tmp_path / "run", lambda path: None)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -348,14 +349,14 @@ def test_an_output_directory_that_holds_a_run_is_not_touched(model_dir, pairs_fi
 
 def test_bf16_on_a_device_without_it_falls_back_with_a_notice(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert sample.pick_dtype("bf16-mixed", torch.device("cuda")) == "32-true"
+    assert common.pick_dtype("bf16-mixed", torch.device("cuda")) == "32-true"
     assert "bfloat16" in capsys.readouterr().err
     for there in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda there=there: there)
         for name in ("bf16-mixed", "bf16-true"):
-            assert sample.pick_dtype(name, torch.device("cpu")) == (name if there else "32-true")
+            assert common.pick_dtype(name, torch.device("cpu")) == (name if there else "32-true")
             assert bool(capsys.readouterr().err) != there
-        assert sample.pick_dtype(None, torch.device("cpu")) == "32-true" and not capsys.readouterr().err
+        assert common.pick_dtype(None, torch.device("cpu")) == "32-true" and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["model.py", "sample.py", "train_sft.py", "pretrain.py", "evaluate.py",
