@@ -5,9 +5,9 @@ our own records and plain stories, in any mix. Writes train.jsonl and val.jsonl 
 rejected.jsonl and report.json.
 
     read      rows of any format -> constraints and a story
-    clean     mend or drop stories and labels (--clean)
-    extract   constraints of the story itself, where a record has none (--extract)
-    split     by story, near-duplicates on one side, before anything is multiplied
+    clean     mend or drop stories and labels (--clean, data/clean.py)
+    extract   constraints of the story itself, where a record has none (--extract, data/extract.py)
+    split     by story, near-duplicates on one side (data/duplicates.py), before anything is multiplied
     permute   each training record in several orders of its constraints (--permute)
 """
 import json
@@ -15,10 +15,8 @@ import math
 import random
 import re
 import sys
-import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -44,19 +42,17 @@ from constraints import (
     SENTENCE,
     SUMMARY,
     WORDS,
-    check,
     fold,
-    has_dialogue,
     parse_record,
     permutations,
     render,
 )
+from data.clean import CHECKS, CHINESE, clean
+from data.duplicates import near_duplicates
+from data.extract import EXTRACTS, candidate_words, choose_words, extract
 from records import BOM, RowError, instruction_of, refuse_other_formats, scan_stream, story_hash, text_field
 
 NEAR_LIMIT = 200_000  # records up to which near-duplicates are looked for
-SHINGLE, BANDS, BAND = 8, 32, 8  # characters of a shingle; 32 bands of 8 minima find 99.7% of pairs of Jaccard 0.8
-NEAR = 0.8
-CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
 @dataclass(slots=True)
@@ -85,7 +81,7 @@ def read(args, tokenizer, df, report):
                     constraints, story = clean(constraints, story, args.keep, changed)
                 constraints = {key: value for key, value in constraints.items() if value}
                 if args.extract:
-                    constraints = extract(constraints, story, args, tokenizer, df)
+                    constraints = extract(constraints, story, args.extract, tokenizer, df, args.seed)
                 if not constraints:
                     raise ValueError("no constraints" + (
                         f" ({'; '.join(changed)})" if changed else
@@ -179,120 +175,6 @@ def usable(constraints, story, counts):
     return constraints, story
 
 
-# ---- clean (--clean) ----
-
-CHECKS = ("cut", "residue", "english", "repeats", "labels")
-CLOSING = r"[”’」』\"'）)]"
-FULL_STOP = rf"\.+(?=\s|$|{CLOSING})"  # no decimal point
-SENTENCES = re.compile(rf"(?:[^。！？!?…\n.]|(?!{FULL_STOP})\.)*(?:[。！？!?…]+|{FULL_STOP}|\n|$){CLOSING}*\s*")
-ENDING = re.compile(rf"[。！？!?…~～.—”」』\"]{CLOSING}*\Z")
-BEHIND = r"(?:^|(?<=[。！？!?…”」\"\n]))\s*"  # 老师总结：… is part of a story
-RESIDUE = re.compile("|".join((
-    rf"{BEHIND}(?:总结一下|总结|小结)[：:，,]",
-    rf"{BEHIND}(?:这个|我们的)?故事(?:就?到此|到这里)?(?:就?结束|讲完|完)(?:了|啦)?[。！!]?\s*\Z",
-    r"[（(【](?:全文)?(?:完|剧终)[）)】]\s*\Z", r"\bThe end\.?\s*\Z", r"<\|endoftext\|>",
-    r"^(?:以上就是|希望你喜欢)[^\n]*\Z")), re.M | re.I)
-ENGLISH = re.compile(r"[A-Za-z]*[a-z]{2,}[A-Za-z]*")
-SHORTEST = 0.6  # of a story that must be left when its end is cut off
-
-
-def clean(constraints, story, keep, counts):
-    """Mend a story, and leave out labels that it does not meet. -> (constraints, story). Raises ValueError when it
-    cannot be mended; counts what was mended. keep: names of CHECKS that are left alone."""
-    whole = len(story)
-    if "residue" not in keep and (found := RESIDUE.search(story, whole // 3)):
-        story = story[:found.start()].rstrip()
-        counts["mended: residue behind the story"] += 1
-    if "repeats" not in keep:
-        sentences = SENTENCES.findall(story)
-        kept = [s for i, s in enumerate(sentences) if not i or fold(s) != fold(sentences[i - 1]) or len(fold(s)) < 4]
-        if len(kept) < len(sentences):
-            story = "".join(kept).rstrip()
-            counts["mended: a sentence twice in a row"] += 1
-        often = Counter(fold(s) for s in kept if len(fold(s)) >= 6)
-        if often and max(often.values()) > 3:
-            raise ValueError("clean: a sentence comes more than three times")
-    if "cut" not in keep and not ENDING.search(story):
-        story = "".join(SENTENCES.findall(story)[:-2]).rstrip()  # the last match is the empty one behind the end
-        if not ENDING.search(story):
-            raise ValueError("clean: cut in the middle of a sentence")
-        counts["mended: cut in the middle of a sentence"] += 1
-    if len(story) < SHORTEST * whole:
-        raise ValueError("clean: too little of the story is left")
-    if "english" not in keep and CHINESE.search(story) and ENGLISH.search(story):
-        raise ValueError("clean: mixed with English")
-    if "labels" not in keep:
-        drop_false_labels(constraints, story, counts)
-    return constraints, story
-
-
-def drop_false_labels(constraints, story, counts):
-    """Take out what the story does not have: words, the sentence, 对话. What no rule can tell stays."""
-    for key, met in check(story, constraints).items():
-        if key in LIST_KEYS:
-            for item in [item for item, holds in met.items() if holds is False]:
-                counts[f"left out: {key} that is not in the story"] += 1
-                constraints[key].remove(item)
-        elif met is False:
-            counts[f"left out: {key} that is not in the story"] += 1
-            constraints[key] = ""
-
-
-# ---- extract (--extract) ----
-
-EXTRACTS = ("words", "sentence", "features")
-
-# In a word of more than one character these are signs of a piece that is cut across words.
-FUNCTION = re.compile("[的了着过吗呢吧啊呀哦是在我你他她它们这那和与就也都还又很把被给对从到向不没有个只条一两几"
-                      "上下里去来说道想要会能让地得之为于其而且但却才再]")
-
-
-def candidate_words(story, tokenizer):
-    """Words that a story could be asked for: pieces of the tokenizer of two or more characters -> how often each."""
-    pieces = Counter(tokenizer.sp.encode_as_pieces(story))
-    return {piece: n for piece, n in pieces.items()
-            if len(piece) >= 2 and len(CHINESE.findall(piece)) == len(piece) and not FUNCTION.search(piece)}
-
-
-def candidate_sentences(story):
-    """Sentences of 6 to 30 characters that stand in the story once, with quotation marks that close."""
-    found = [s.strip() for s in SENTENCES.findall(story)]
-    return [s for s in found if 6 <= len(s) <= 30 and len(fold(s)) >= 5 and story.count(s) == 1
-            and all(s.count(a) == s.count(b) for a, b in ("“”", "「」", "『』", "‘’", "（）"))
-            and s.count('"') % 2 == 0]
-
-
-def extract(constraints, story, args, tokenizer, df):
-    """Add constraints of the asked kinds that the record lacks: a random choice of those that the story offers, so
-    that single and combined ones both come. 词汇 stays empty until all stories have been seen: see `choose_words`."""
-    rng = random.Random(f"{args.seed}-{fold(story)}")
-    offered, words = {}, {}
-    if "words" in args.extract and WORDS not in constraints:
-        words = candidate_words(story, tokenizer)
-        if len(words) >= 2:
-            offered[WORDS] = []
-    if "sentence" in args.extract and SENTENCE not in constraints and (found := candidate_sentences(story)):
-        offered[SENTENCE] = rng.choice(found)
-    if "features" in args.extract and FEATURE not in constraints and has_dialogue(story):
-        offered[FEATURE] = ["对话"]
-    chosen = [key for key in offered if rng.random() < 0.5]
-    if not constraints and offered and not chosen:
-        chosen = [rng.choice(list(offered))]
-    if WORDS in chosen:
-        df.update(words.keys())
-    items = [*constraints.items(), *((key, offered[key]) for key in chosen)]
-    rng.shuffle(items)
-    return dict(items)
-
-
-def choose_words(story, candidates, df, stories, rng):
-    """Two or three words out of the best by tf-idf, in random order."""
-    def score(word):
-        return candidates[word] * math.log(stories / (1 + df[word]))
-    best = sorted(candidates, key=lambda word: (-score(word), word))[:5]
-    return rng.sample(best, min(len(best), rng.choice((2, 3, 3))))
-
-
 # ---- split ----
 
 def split(records, args):
@@ -314,47 +196,6 @@ def validation(hashes, clusters, val_fraction):
     names, first = np.unique(clusters[order], return_index=True)
     places = hashes[order[first]][np.searchsorted(names, clusters)] / 2**64
     return places < (max(val_fraction, np.nextafter(places.min(), 1)) if val_fraction else 0)
-
-
-def shingles(text):
-    """Hashes (32 bits) of every SHINGLE characters in a row, sorted; of the whole text if it is shorter."""
-    starts = range(max(1, len(text) - SHINGLE + 1))
-    return np.unique(np.array([zlib.crc32(text[i:i + SHINGLE].encode()) for i in starts], np.uint32))
-
-
-def near_duplicates(texts):
-    """Folded texts -> (N,) the number of the cluster that each is in. MinHash in bands (Broder 1997) finds the pairs to
-    compare; they are near-duplicates if the Jaccard similarity of their shingles is at least NEAR."""
-    rng = np.random.default_rng(0)
-    multipliers = rng.integers(1 << 31, size=(BANDS * BAND, 1), dtype=np.uint32) * np.uint32(2) + np.uint32(1)
-    mixers = rng.integers(1 << 62, size=BAND, dtype=np.uint64)
-    sets = [shingles(text) for text in tqdm(texts, desc="near-duplicates", unit="story", disable=None)]
-    # each minimum is the first shingle in another random order of all
-    bands = np.stack([((s * multipliers).min(1).reshape(BANDS, BAND) * mixers).sum(1) for s in sets])
-    parent = list(range(len(sets)))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    @cache
-    def alike(i, j):
-        common = len(np.intersect1d(sets[i], sets[j], assume_unique=True))
-        return common >= NEAR * (len(sets[i]) + len(sets[j]) - common)
-
-    for band in bands.T:
-        order = np.argsort(band, kind="stable")
-        for same in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
-            leaders = []  # one text of each cluster, so that a thousand copies take a thousand comparisons
-            for i in same.tolist() if len(same) > 1 else ():
-                leader = next((j for j in leaders if root(i) == root(j) or alike(j, i)), None)
-                if leader is None:
-                    leaders.append(i)
-                else:
-                    parent[root(i)] = root(leader)
-    return np.array([root(i) for i in parent])
 
 
 # ---- permute ----
@@ -405,30 +246,25 @@ def augment(args):
 def describe(args, records, val, clusters, near):
     """-> what the report says of split and rows."""
     most = math.inf if args.permute == "all" else args.permute
-    train = [(record, min(math.factorial(len(record.constraints)), most))  # and its number of rows
-             for record, of_val in zip(records, val) if not of_val]
-    rows = sum(n for _, n in train)
-    exposure, by_number, by_kind = Counter(), defaultdict(list), Counter()
-    for record, n in train:
-        exposure[record.hash] += n
-        by_number[len(record.constraints)].append(n)
-        by_kind.update(dict.fromkeys(record.constraints, n))
+    by_number, by_kind = Counter(), Counter()  # rows
+    train = [record for record, of_val in zip(records, val) if not of_val]
+    for record in train:
+        n = len(record.constraints)
+        by_number[n] += min(math.factorial(n), most)
+        by_kind.update(dict.fromkeys(record.constraints, min(math.factorial(n), most)))
+    stories = len({record.hash for record in train})
     siblings = Counter(clusters.tolist())
     return {
         "split": {
             "val_fraction": args.val_fraction, "train_records": len(train), "val_records": len(records) - len(train),
-            "train_stories": len(exposure), "val_stories": len({r.hash for r in records}) - len(exposure),
-            "near_duplicates": f"on one side: {SHINGLE}-grams of characters, Jaccard at least {NEAR}" if near else
+            "train_stories": stories, "val_stories": len({record.hash for record in records}) - stories,
+            "near_duplicates": "on one side" if near else
                                f"not looked for: {'--exact' if args.exact else f'more than {NEAR_LIMIT:,} records'}",
             "records_with_a_near_duplicate": sum(n for n in siblings.values() if n > 1) if near else None,
         },
-        "rows": {"before": len(train), "after": rows, "per_record": round(rows / len(train), 3),
-                 "validation": len(records) - len(train)},
-        "exposure": {"rows_per_story": {"least": min(exposure.values()), "mean": round(rows / len(exposure), 3),
-                                        "most": max(exposure.values())},
-                     "mean_by_number_of_constraints": {n: round(sum(ns) / len(ns), 3)
-                                                       for n, ns in sorted(by_number.items())}},
-        "rows_by_number_of_constraints": {n: sum(ns) for n, ns in sorted(by_number.items())},
+        "rows": {"before": len(train), "after": by_number.total(),
+                 "per_record": round(by_number.total() / len(train), 3), "validation": len(records) - len(train)},
+        "rows_by_number_of_constraints": dict(sorted(by_number.items())),
         "rows_by_kind": {key: by_kind[key] for key in KEYS},
         "settings": {name: str(value) if isinstance(value, Path) else value
                      for name, value in vars(args).items() if name not in ("files", "out", "overwrite")},
