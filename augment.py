@@ -22,18 +22,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import common
 import tokenizer as tokenizers
-from common import (
-    check_new,
-    command_line,
-    fail,
-    fraction,
-    new_directory,
-    not_negative,
-    positive,
-    write_json,
-    write_jsonl,
-)
+from common import fail, fraction, not_negative, positive
 from constraints import (
     FEATURE,
     FEATURES,
@@ -220,7 +211,7 @@ def make_rows(record, permute, args, tokenizer, df, stories):
 
 def augment(args):
     """All stages, one after the other. -> the report. Raises ValueError and OSError."""
-    check_new(args.out, args.overwrite, "report.json")
+    common.check_new(args.out, args.overwrite, "report.json")
     base = Path(__file__).parent / "base"
     tokenizer = tokenizers.load(args.tokenizer or base) if "words" in args.extract else None
 
@@ -232,14 +223,14 @@ def augment(args):
     for name, most in (("rejected", None), ("changed", None), ("leading sentences left out", 5)):
         report[name] = dict(report[name].most_common(most))
 
-    with new_directory(args.out) as work:
+    with common.new_directory(args.out) as work:
         for name, of_val in (("train", False), ("val", True)):
             chosen = [i for i in range(len(records)) if val[i] == of_val]
-            write_jsonl(work / f"{name}.jsonl", (
+            common.write_jsonl(work / f"{name}.jsonl", (
                 row for i in tqdm(chosen, desc=f"writing {name}.jsonl", unit="record", disable=None)
                 for row in make_rows(records[i], 1 if of_val else args.permute, args, tokenizer, df, len(records))))
-        write_jsonl(work / "rejected.jsonl", rejected)
-        write_json(work / "report.json", report)
+        common.write_jsonl(work / "rejected.jsonl", rejected)
+        common.write_json(work / "report.json", report)
     return report
 
 
@@ -280,7 +271,7 @@ def orders(text):
 
 
 def parse_args(argv=None):
-    parser = command_line("Real instruction data in, clean and leak-free training data out.")
+    parser = common.command_line("Real instruction data in, clean and leak-free training data out.")
     flag = parser.add_argument
     flag("files", nargs="+", type=Path, metavar="IN", help="JSON, JSONL or TinyStories-Instruct text, in any mix")
     flag("--out", type=Path, required=True, help="directory for train.jsonl, val.jsonl, rejected.jsonl, report.json")

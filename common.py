@@ -2,7 +2,6 @@
 the processes of a torchrun."""
 import argparse
 import contextlib
-import errno
 import json
 import math
 import os
@@ -146,12 +145,9 @@ def new_directory(path):
 def check_writable(directory):
     """Can files be made in this directory (or where it would be made)? To be asked before hours of work, not after.
     Raises OSError naming the folder; leaves nothing behind."""
-    there = Path(directory).absolute()
-    while not there.exists():
-        there = there.parent
+    path = Path(directory).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
     try:
-        if not there.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         tempfile.TemporaryFile(dir=there).close()
     except OSError as e:
         raise OSError(f"cannot write to {directory}: {e.strerror} ({there})") from None

@@ -1,14 +1,13 @@
 """Does it follow instructions, and can it still write? python evaluate.py --ckpt out/sft
 
-A table, eval.json and a figure (eval.png) in --out. Stories are sampled for every instruction and judged by the rules
-of constraints.py; beside the model stand the ceiling (the stories that the instructions were made from, judged by the
-same rules) and the floor (the untuned base). Every rate has a 95% bootstrap interval over instructions.
+Prints a table and writes eval.json. Stories are sampled for every instruction and judged by the rules of
+constraints.py; beside the model stand the ceiling (the stories that the instructions were made from, judged by the same
+rules) and the floor (the untuned base). Every rate has a 95% bootstrap interval over instructions.
 
 Of the features a rule sees only 对话; what cannot be checked is left out, and counted.
 """
 import random
 import re
-import sys
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import figures
 from checkpoint import find_base, find_model, load_model
 from common import check_writable, command_line, fail, not_negative, pick_device, positive, write_json
 from constraints import (
@@ -147,10 +145,9 @@ def interval(groups, seed):
 
 
 def obedience(rows, stories, seed, detect=None):
-    """stories[i]: those of rows[i]. -> {"satisfied": {number of constraints: all of them met}, "independent": the same
-    if errors were independent, from the rates of single constraints, "by_kind": {constraint: met},
-    "unchecked_features": how many}. Of each row those constraints count that can be checked."""
-    by_number, by_kind, alone, asked, unchecked = defaultdict(list), defaultdict(list), defaultdict(list), [], 0
+    """stories[i]: those of rows[i]. -> {"satisfied": {number of constraints: all of them met}, "by_kind": {constraint:
+    met}, "unchecked_features": how many}. Of each row those constraints count that can be checked."""
+    by_number, by_kind, unchecked = defaultdict(list), defaultdict(list), 0
     for row, own in zip(rows, stories):
         results = [met(row, story, detect) for story in own]
         keys = [key for key in results[0] if key in KEYS]
@@ -158,15 +155,9 @@ def obedience(rows, stories, seed, detect=None):
         for name in results[0]:
             by_kind[name].append([ok for result in results for ok in result[name]])
         if keys:
-            asked.append(keys)
             by_number[len(keys)].append([all(result[key][0] for key in keys) for result in results])
-        if len(keys) == 1:
-            alone[keys[0]].append(by_kind[keys[0]][-1])
-    single = {key: np.mean([np.mean(g) for g in (alone[key] or groups)]) for key, groups in by_kind.items()}
     return {
         "satisfied": {str(k): interval(by_number[k], seed) for k in sorted(by_number)},
-        "independent": {str(k): float(np.mean([np.prod([single[key] for key in keys]) for keys in asked
-                                               if len(keys) == k])) for k in sorted(by_number) if k > 1},
         "by_kind": {name: interval(groups, seed) for name, groups in by_kind.items()},
         "unchecked_features": unchecked,
     }
@@ -300,8 +291,7 @@ def parse_args(argv=None):
     parser.add_argument("--base", type=Path, help="the untuned model (default: the base that ships, if it has --ckpt's "
                                                   "tokenizer)")
     parser.add_argument("--data", type=Path, help="instruction records (default: handwritten and generated ones)")
-    parser.add_argument("--out", type=Path, help="folder for eval.json and eval.png (default: --adapter, else "
-                                                 "--ckpt)")
+    parser.add_argument("--out", type=Path, help="folder for eval.json (default: --adapter, else --ckpt)")
     parser.add_argument("--samples", type=positive(int), default=2,
                         help="stories an instruction (default: %(default)s)")
     parser.add_argument("--temperature", type=not_negative(float), default=0.2,
@@ -336,18 +326,13 @@ def main(argv=None):
         for some in filter(None, (model, base)):
             some.to(device, torch.float32)
         rows = read_rows(args.data) if args.data else builtin_rows()
-        left_out = len(rows) - len(checkable(rows))
-        if 0 < left_out < len(rows):
-            print(f"notice: {left_out} of {len(rows)} instructions are left out: they ask only for features that no "
-                  "rule can tell", file=sys.stderr)
         result = evaluate(model, tokenizer, rows, base, builtin.plain_stories(), args.samples, args.seed,
                           args.temperature, progress=True)
         print(table(result))
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "eval.json", result | {
             "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}})
-        figures.obedience(result, out / "eval.png")
-        print(f"{out / 'eval.json'}, {out / 'eval.png'}")
+        print(out / "eval.json")
     except (ValueError, OSError) as e:
         fail(e)
 

@@ -248,18 +248,12 @@ def sample_next(logits, temperature, top_k, top_p, rng):
 
 
 def main(argv=None):
-    argparse.ArgumentParser(description="Print each preset with its parameter table.").parse_args(argv)
+    argparse.ArgumentParser(description="Print the presets and their sizes.").parse_args(argv)
     for name, config in PRESETS.items():
         with torch.device("meta"):  # shapes only, no memory
             model = GPT(config)
-        print(f"\n{name}: {config}")
-        tables = {"embedding (tied head)": model.model.embed_tokens, f"attention x {config.n_layer}": "self_attn",
-                  f"MLP x {config.n_layer}": "mlp", "norms": "norm"}
-        for label, part in tables.items():
-            n = sum(p.numel() for name, p in model.named_parameters()
-                    if (p is part.weight if isinstance(part, nn.Module) else part in name.rsplit(".", 1)[0]))
-            print(f"  {label:24}{n:12,}  {n / model.num_params():6.1%}")
-        print(f"  {'total':24}{model.num_params():12,}")
+        embedding = model.model.embed_tokens.weight.numel()
+        print(f"{name}: {model.num_params():,} parameters, {embedding:,} of them in the embedding; {config}")
 
 
 if __name__ == "__main__":

@@ -14,18 +14,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import common
 from checkpoint import find_model, load_model
-from common import (
-    check_writable,
-    command_line,
-    fail,
-    not_negative,
-    number,
-    pick_device,
-    pick_dtype,
-    positive,
-    write_jsonl,
-)
+from common import fail, not_negative, number, pick_device, pick_dtype, positive
 from constraints import LIST_KEYS, check, outcomes, parse
 from dataset import encode_prompt
 from records import instruction_of, read_blocks, read_records
@@ -150,13 +141,13 @@ def continue_file(model, tokenizer, instructions, max_new_tokens, seed, sampling
         for text, story, result in zip(instructions, stories, met):
             print("─" * 60, text, "", story, "", marks(result), sep="\n")
         return
-    write_jsonl(out, ({"instruction": text, "output": story, "met": result}
+    common.write_jsonl(out, ({"instruction": text, "output": story, "met": result}
                       for text, story, result in zip(instructions, stories, met)))
     print(f"{len(stories)} stories -> {out}")
 
 
 def parse_args(argv=None):
-    parser = command_line("Write stories. Without a prompt: the study's eight test cases.")
+    parser = common.command_line("Write stories. Without a prompt: the study's eight test cases.")
     parser.add_argument("--ckpt", nargs="?", type=Path, help="model directory (default: out/sft, else the base model)")
     parser.add_argument("--adapter", type=Path, help="LoRA adapter directory, put on --ckpt")
     parser.add_argument("--adapter-scale", type=float, default=1.0,
@@ -191,7 +182,7 @@ def main(argv=None):
     requests += [("prompt", text) for text in args.prompt]
     try:
         if args.out:
-            check_writable(args.out.parent)  # before the work
+            common.check_writable(args.out.parent)  # before the work
         ckpt = find_model(args.ckpt, args.adapter)
         device = pick_device(args.device)
         model, tokenizer = load_model(ckpt, args.adapter, args.adapter_scale)

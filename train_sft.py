@@ -13,28 +13,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import common
 import figures
 import lora
 from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model
-from common import (
-    StopSignals,
-    check_writable,
-    command_line,
-    fail,
-    fraction,
-    not_negative,
-    pick_device,
-    pick_dtype,
-    positive,
-    rank,
-    start_processes,
-    sum_gradients,
-    sum_over_processes,
-    wait_for_all,
-    world,
-    write_json,
-    write_text,
-)
+from common import fail, fraction, not_negative, positive, rank, world
 from data import builtin
 from dataset import PairBatches, Replay, by_length, encode_pairs, encode_prompt, encode_stories, varied_prompts
 from model import IGNORE
@@ -77,8 +60,8 @@ def backward(model, micro_batches, loss_fn, params, precision):
             part, count = loss_fn(model, batch)
         part.backward()
         loss, n = loss + part.item(), n + count
-    loss, n = sum_over_processes(loss, n)
-    sum_gradients(params)
+    loss, n = common.sum_over_processes(loss, n)
+    common.sum_gradients(params)
     for p in params:
         if p.grad is not None:
             p.grad /= n
@@ -131,7 +114,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
                 part, count = loss_fn(model, batch)
                 loss, n = loss + part.item(), n + count
         model.train()
-        loss, n = sum_over_processes(loss, n)
+        loss, n = common.sum_over_processes(loss, n)
         if n:
             log(step=done, val_loss=loss / n)
             tqdm.write(f"step {done:5}: validation loss {loss / n:.4f}")
@@ -151,7 +134,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
         save_run()  # first, so that no half-made run can pass for a finished one
         evaluate()
     stopping = False
-    with StopSignals() as stop, tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True,
+    with common.StopSignals() as stop, tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True,
                                      disable=rank() > 0) as bar:
         while done < steps and not stopping:
             start = time.perf_counter()
@@ -173,7 +156,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
             bar.update()
             if done % eval_every == 0 or done == steps:
                 evaluate()
-            stopping = sum_over_processes(stop.requested)[0] > 0  # all stop if one is asked to
+            stopping = common.sum_over_processes(stop.requested)[0] > 0  # all stop if one is asked to
             if done % save_every == 0 or done == steps or stopping:
                 save_run()
     if rank() == 0:
@@ -194,7 +177,8 @@ def open_log(out, done):
     path = out / "log.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and done else []
-    write_text(path, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done))
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
+    common.write_text(path, "".join(kept))
 
     def log(**fields):
         with open(path, "a", encoding="utf-8") as f:
@@ -210,7 +194,7 @@ WEIGHTS_FILES = (WEIGHTS, lora.TENSORS)  # of a model, of an adapter
 
 def training_parser(description):
     """The flags of every trainer. Their defaults are those of fine-tuning."""
-    parser = command_line(description)
+    parser = common.command_line(description)
     flag = parser.add_argument
     # what goes in and out
     flag("--init", type=Path, help="model directory to start from (default: the base that ships)")
@@ -283,13 +267,13 @@ def check_out(args):
     holds_run = any((args.out / name).exists() for name in (*WEIGHTS_FILES, "last", "log.jsonl"))
     if holds_run and not (args.resume or args.overwrite):
         raise ValueError(f"--out {args.out} already holds a run or a model: --resume goes on, --overwrite starts anew")
-    check_writable(args.out)
+    common.check_writable(args.out)
 
 
 def start(args):
     """-> the device. From here on the processes of a torchrun know each other, and random numbers are the seed's."""
-    device = pick_device(args.device)
-    start_processes(device)
+    device = common.pick_device(args.device)
+    common.start_processes(device)
     torch.manual_seed(args.seed)
     return device
 
@@ -303,8 +287,8 @@ def pick_init(args):
 
 def run(args, model, batches, val_batches, save, state=None, optimizer=torch.optim.AdamW):
     """The training run that the flags describe; `train` has the parameters' meaning. optimizer: a class."""
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    device = common.pick_device(args.device)
+    dtype = common.pick_dtype(args.dtype, device)
     steps = args.max_steps or math.ceil(args.epochs * batches.steps_per_epoch)
     data = batches.fingerprint()
     if state and data != args.fingerprint:
@@ -313,7 +297,7 @@ def run(args, model, batches, val_batches, save, state=None, optimizer=torch.opt
         fail(f"--resume: the run in {args.out} has made {state['step']} steps already, of {steps}: a larger "
              "--max-steps or --epochs goes on")
     args.fingerprint = data
-    wait_for_all()  # all have looked at --out before the first one writes to it
+    common.wait_for_all()  # all have looked at --out before the first one writes to it
     # bf16-true: weights and optimizer state in bfloat16. bf16-mixed: both in float32, bfloat16 inside autocast.
     model.to(device, torch.bfloat16 if dtype == "bf16-true" else torch.float32)
     try:
@@ -326,8 +310,8 @@ def run(args, model, batches, val_batches, save, state=None, optimizer=torch.opt
     except FloatingPointError as e:
         raise SystemExit(f"error: {e}") from None
     except OSError as e:
-        fail(f"cannot write to {args.out}: {e.strerror or e}. {last_save(args.out)}")
-    wait_for_all()  # the model is there for all of them
+        fail(f"cannot write to {args.out}: {e.strerror or e}; {args.out / 'last'} holds the last good save")
+    common.wait_for_all()  # the model is there for all of them
 
 
 def open_run(args, fresh):
@@ -339,15 +323,8 @@ def open_run(args, fresh):
         for name in (*WEIGHTS_FILES, "log.jsonl", "loss.png"):
             (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "args.json", {k: str(v) if isinstance(v, Path) else v
+    common.write_json(out / "args.json", {k: str(v) if isinstance(v, Path) else v
                                    for k, v in vars(args).items() if k not in ONCE})
-
-
-def last_save(out):
-    try:
-        return f"The last good save is {out / 'last'}, after step {load_last(out)[2]['step']}"
-    except (ValueError, OSError, RuntimeError):
-        return "Nothing is saved yet"
 
 
 # ---- the command: full-parameter fine-tuning ----

@@ -30,5 +30,5 @@ grep -v 摘要 out/short/all.jsonl > out/short/train.jsonl
 "$PYTHON" train_sft.py --init out/sft_short --data out/mid --epochs 1 --val-fraction 0.02 --lr 5e-4 \
     --dtype bf16-mixed --eval-every 520 --out out/sft_mid
 
-# 3. Does it follow instructions? A table, out/sft_mid/eval.json and out/sft_mid/eval.png.
+# 3. Does it follow instructions? A table, and out/sft_mid/eval.json.
 "$PYTHON" evaluate.py --ckpt out/sft_mid

@@ -414,7 +414,7 @@ def test_out_is_never_half_made(tmp_path, refused, monkeypatch):
 
     def full(*args):
         raise OSError("no space left on device")
-    monkeypatch.setattr(augment, "write_json", full)
+    monkeypatch.setattr("common.write_json", full)
     for name in ("out", "new"):
         refused(augment.main, [path, "--out", tmp_path / name, "--overwrite"], "no space left")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before

@@ -93,14 +93,13 @@ def test_a_copy_oracle_scores_one_and_silence_nothing():
     assert {v["rate"] for v in worst["satisfied"].values()} == {0.0}
 
 
-def test_rates_by_number_and_were_errors_independent():
+def test_rates_by_number():
     words, sentence = {"词汇": ["河"]}, {"随机句子": "小猫来了。"}
     rows = [row(words)] * 4 + [row(sentence)] * 4 + [row(words | sentence)] * 2
     stories = [["河"], ["河"], ["河"], ["山"], ["小猫来了"], ["小猫来了"], ["山"], ["山"], ["河，小猫来了"], ["河"]]
     result = obedience(rows, stories, 1)
     assert result["satisfied"]["1"]["rate"] == 5 / 8 and result["satisfied"]["1"]["n"] == 8
     assert result["satisfied"]["2"]["rate"] == 1 / 2
-    assert result["independent"] == {"2": 3 / 4 * 1 / 2}  # of the single ones, not of all
     assert result["by_kind"]["词汇"]["rate"] == 5 / 6
 
 
@@ -197,7 +196,7 @@ def test_rows_in_which_nothing_can_be_checked_are_left_out_and_counted(model_dir
     assert checkable(rows) == rows[:1] and checkable(rows, lambda story: {"转折": False}) == rows
     evaluate.main(argv)
     said = capsys.readouterr()
-    assert "2 of 3 instructions" in said.err and "left out: 2 instructions" in said.out and "1 such feature" in said.out
+    assert "left out: 2 instructions" in said.out and "1 such feature" in said.out
     result = json.loads((out / "eval.json").read_text(encoding="utf-8"))
     assert result["rows"] == 1 and result["left_out"] == 2 and result["by_kind"]["特点 对话"]["n"] == 1
     path.write_text(only, encoding="utf-8")
@@ -235,9 +234,8 @@ def test_the_command_is_reproducible_and_complete(model_dir, pairs_file, tok, tm
         evaluate.main(["--ckpt", str(model_dir), "--base", str(base), "--data", str(pairs_file), "--samples", "1",
                        "--out", str(tmp_path / name), "--device", "cpu"])
         results.append(json.loads((tmp_path / name / "eval.json").read_text(encoding="utf-8")))
-    assert (tmp_path / "a" / "eval.png").stat().st_size > 5000
     assert results[0].pop("args") != results[1].pop("args") and results[0] == results[1]
-    assert set(results[0]) >= {"satisfied", "independent", "by_kind", "plain_nll", "base_nll", "gen_nll", "rep4",
+    assert set(results[0]) >= {"satisfied", "by_kind", "plain_nll", "base_nll", "gen_nll", "rep4",
                                "distinct2", "distinct3", "eos_rate", "mean_chars", "ceiling", "floor", "seed"}
     assert results[0]["ceiling"]["by_kind"]["词汇"]["rate"] > 0.5 and results[0]["plain_nll"] > 0
     assert "ceiling" in capsys.readouterr().out
