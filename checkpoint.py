@@ -8,14 +8,16 @@ written: each is made beside its place and then renamed.
 """
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import lora
 import tokenizer as tokenizers
-from common import write_atomic
+from common import write_atomic, write_json
 from model import GPT, GPTConfig
 
 WEIGHTS = "model.safetensors"
@@ -24,6 +26,17 @@ MAX_PADDING = 512  # a model's vocabulary may be padded beyond the tokenizer's t
 
 
 # ---- config.json ----
+
+# GPTConfig's fields by Hugging Face's names, for writing and reading. A field that is not here (a new one, of a fork)
+# is stored under its own name, so that a model is always read back as the one that was trained.
+HF_NAMES = {
+    "block_size": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "head_size": "head_dim",
+    "n_embd": "hidden_size", "intermediate_size": "intermediate_size", "rope_base": "rope_theta",
+    "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+}
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "intermediate_size")
+
 
 def hf_config(config, tokenizer, dtype):
     """GPTConfig -> the dict of config.json."""
@@ -34,12 +47,8 @@ def hf_config(config, tokenizer, dtype):
         "architectures": ["LlamaForCausalLM" if llama else "MistralForCausalLM"],
         "model_type": "llama" if llama else "mistral",
         **({"attention_bias": False, "mlp_bias": False} if llama else {"sliding_window": None}),
-        "hidden_size": config.n_embd, "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head, "head_dim": config.head_size,
-        "intermediate_size": config.intermediate_size, "hidden_act": "silu",
-        "max_position_embeddings": config.block_size, "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_base, "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": None,
+        **{HF_NAMES.get(field.name, field.name): getattr(config, field.name) for field in fields(config)},
+        "hidden_act": "silu", "bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": None,
         "torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True,
     }
 
@@ -48,29 +57,32 @@ def gpt_config(path):
     """config.json -> GPTConfig. Raises ValueError for what this model cannot do."""
     try:
         c = dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # transformers 5, 4
-        window = c.get("sliding_window")
+        c = {key: value for key, value in c.items() if value is not None}
+        rope = c.get("rope_parameters", {})
+        scaled = {key: c.get(key, {}).get("rope_type", c.get(key, {}).get("type", "default")) != "default"
+                  for key in ("rope_parameters", "rope_scaling")}  # of transformers 5, of older ones
         refused = {
             "model_type": c.get("model_type") not in ("llama", "mistral"),
             "attention_bias": c.get("attention_bias", False), "mlp_bias": c.get("mlp_bias", False),
             "hidden_act": c.get("hidden_act", "silu") != "silu",
-            "rope_parameters": rope.get("rope_type", rope.get("type", "default")) != "default",
-            "sliding_window": window is not None and window < c["max_position_embeddings"],
+            **scaled,
+            "sliding_window": c.get("sliding_window", c["max_position_embeddings"]) < c["max_position_embeddings"],
         }
         for key, bad in refused.items():
             if bad:
                 raise ValueError(f"{path}: {key} {c.get(key)!r} is not supported (a plain Llama shape is)")
-        for key in ("max_position_embeddings", "vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size",
-                    "intermediate_size"):
-            if not isinstance(c[key], int) or c[key] < 1:
-                raise ValueError(f"{path}: {key} {c[key]!r} is not a size")
-        return GPTConfig(
-            block_size=c["max_position_embeddings"], vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"],
-            n_head=c["num_attention_heads"], n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"],
-            head_size=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"], n_embd=c["hidden_size"],
-            intermediate_size=c["intermediate_size"],
-            rope_base=float(c.get("rope_theta") or rope.get("rope_theta", 10000.0)),
-            norm_eps=c.get("rms_norm_eps", 1e-6), tie_embeddings=c.get("tie_word_embeddings", False))
+        # what Hugging Face takes for a key that is not there
+        c.setdefault("num_key_value_heads", c["num_attention_heads"])
+        c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
+        c = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False} | c
+        if "rope_theta" in rope:  # it counts, also where another one stands beside it
+            c["rope_theta"] = rope["rope_theta"]
+        c["rope_theta"] = float(c["rope_theta"])
+        for name in SIZES:
+            if not isinstance(c[HF_NAMES[name]], int) or c[HF_NAMES[name]] < 1:
+                raise ValueError(f"{path}: {HF_NAMES[name]} {c[HF_NAMES[name]]!r} is not a size")
+        stored = {field.name: HF_NAMES.get(field.name, field.name) for field in fields(GPTConfig)}
+        return GPTConfig(**{name: c[key] for name, key in stored.items() if key in c})
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}: line {e.lineno} is not JSON ({e.msg})") from None
     except KeyError as e:
@@ -81,6 +93,11 @@ def gpt_config(path):
 
 # ---- models ----
 
+def save_tokenizer(directory, tokenizer):
+    for name, content in tokenizer.files.items():
+        write_atomic(Path(directory, name), lambda p, content=content: p.write_bytes(content))
+
+
 def save_model(directory, model, tokenizer):
     """Write a model directory, the weights in the precision they have. A tied head is stored once."""
     directory = Path(directory)
@@ -88,14 +105,14 @@ def save_model(directory, model, tokenizer):
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if model.config.tie_embeddings:
         del tensors["lm_head.weight"]
-    config = hf_config(model.config, tokenizer, model.lm_head.weight.dtype)
-    tokenizer.save(directory)
-    write_atomic(directory / "config.json", lambda p: p.write_text(json.dumps(config, indent=2), encoding="utf-8"))
+    save_tokenizer(directory, tokenizer)
+    write_json(directory / "config.json", hf_config(model.config, tokenizer, model.lm_head.weight.dtype))
     write_atomic(directory / WEIGHTS, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
 
 
-def load_model(directory):
-    """A model directory -> (GPT, Tokenizer); the weights keep the precision of the file.
+def load_model(directory, adapter=None, adapter_scale=1.0):
+    """A model directory -> (GPT, Tokenizer); the weights keep the precision of the file. adapter: the directory of a
+    LoRA adapter to put on the model; adapter_scale: how much of it, 0 is the model alone.
 
     Raises ValueError naming the file or the tensor that is missing or does not fit.
     """
@@ -124,6 +141,8 @@ def load_model(directory):
     model.load_state_dict(tensors, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    if adapter is not None:
+        lora.load(adapter, model, adapter_scale)
     return model, tokenizer
 
 
@@ -136,6 +155,9 @@ def read_tensors(directory):
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{index}: not an index of shards") from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+                raise ValueError(f"{index}: {name!r} is not the name of a file in this folder")
     tensors = {}
     for name in names:
         if not (directory / name).is_file():
@@ -152,19 +174,28 @@ def fits(tokenizer, config):
 
 
 def find_base():
-    """The directory of the base model that ships, or None."""
+    """The directory of the base model that ships. Raises ValueError if it is not there."""
     base = Path(__file__).parent / "base"
-    return base if (base / WEIGHTS).is_file() else None
+    if not (base / WEIGHTS).is_file():
+        raise ValueError("there is no base model in base/: name one with --init or --ckpt, or make one with "
+                         "pretrain.py")
+    return base
+
+
+def find_model(ckpt=None, adapter=None):
+    """--ckpt, or out/sft (not under an adapter), or the base model. Raises ValueError if there is none."""
+    tuned = Path("out/sft")
+    return ckpt or (tuned if not adapter and (tuned / "config.json").is_file() else find_base())
 
 
 # ---- runs ----
 
-def save_last(out, write, state):
-    """Make out/last/ of weights, which write(directory) puts there, and resume state: together, or neither.
+def save_last(out, save, state):
+    """Make out/last/ of weights, which save(directory) puts there, and resume state: together, or neither.
     state: plain dicts, tensors and numbers."""
     last, new, old = Path(out, "last"), Path(out, "last.new"), Path(out, "last.old")
     shutil.rmtree(new, ignore_errors=True)
-    write(new)
+    save(new)
     torch.save(state, new / STATE)
     if last.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -185,4 +216,3 @@ def load_last(out):
     """-> (GPT, Tokenizer, state) of the newest save. Raises ValueError if there is none."""
     last, state = find_last(out)
     return *load_model(last), state
-

@@ -203,8 +203,21 @@ def wait_for_all():
         dist.barrier()
 
 
-def sum_over_processes(tensor):
-    """In place."""
-    if world() > 1:
-        dist.all_reduce(tensor)
-    return tensor
+def sum_over_processes(*numbers):
+    """-> their sums over all processes, a list of floats."""
+    if world() == 1:
+        return [float(n) for n in numbers]
+    total = torch.tensor(numbers, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def sum_gradients(params):
+    """Sum .grad over all processes, in float32; one that had no rows adds zeros."""
+    if world() == 1:
+        return
+    flat = torch.cat([torch.zeros_like(p).flatten().float() if p.grad is None else p.grad.flatten().float()
+                      for p in params])
+    dist.all_reduce(flat)  # all in one message
+    for p, part in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = part.view_as(p).to(p.dtype)

@@ -71,6 +71,11 @@ def encode_stories(tokenizer, texts, block_size, name):
 
 # ---- batches ----
 
+def supervised(labels):
+    """How many tokens of a row are supervised: the first has nothing before it to be predicted from."""
+    return sum(label != IGNORE for label in labels[1:])
+
+
 def collate(rows):
     """[(ids, labels)] -> x, y, both (B, T) int64: y[b, t] is what should follow x[b, t], or IGNORE."""
     T = max(len(ids) for ids, _ in rows) - 1
@@ -83,10 +88,24 @@ def collate(rows):
     return x, y
 
 
+def in_batches(rows, batch_size):
+    """Rows -> [(x, y)], in their order."""
+    return [collate(rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
+
+
 def by_length(rows, batch_size):
     """Batches of rows of like length, for validation: every row once, little padding."""
-    rows = sorted(rows, key=lambda row: len(row[0]))
-    return [collate(rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
+    return in_batches(sorted(rows, key=lambda row: len(row[0])), batch_size)
+
+
+@torch.no_grad()
+def mean_loss(model, batches):
+    """Loss over batches [(x, y)], nats per token: sum over all supervised tokens / their number. None without any."""
+    device, loss, n = model.lm_head.weight.device, 0.0, 0
+    for x, y in batches:
+        loss += model(x.to(device), y.to(device)).item()
+        n += (y != IGNORE).sum().item()
+    return loss / n if n else None
 
 
 def fingerprint(arrays):
@@ -103,21 +122,26 @@ class PairBatches:
     Rows are shuffled, then bucketed: within a pool of 32 steps they are sorted by length, so that a batch holds rows
     of like length and little padding, and the steps are shuffled again.
     prompt(i, rng) -> ids: another prompt for row i, in each epoch anew; None: its own.
+    rank, world: of the rows of each step this process takes every world-th one.
     """
 
-    def __init__(self, rows, batch_size, grad_accum, seed, bucket=True, prompt=None):
+    def __init__(self, rows, batch_size, grad_accum, seed, bucket=True, prompt=None, rank=0, world=1):
         self.given, self.batch_size, self.seed, self.bucket, self.prompt = rows, batch_size, seed, bucket, prompt
+        self.rank, self.world = rank, world
         self.rows = rows
         self.step_size = batch_size * grad_accum
         self.steps_per_epoch = -(-len(rows) // self.step_size)
         self.epoch, self.steps = None, []
 
     def __call__(self, step):
+        return in_batches(self.rows_of(step)[self.rank::self.world], self.batch_size)
+
+    def rows_of(self, step):
+        """The rows of a step, all processes' together."""
         epoch, step = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.epoch, self.steps = epoch, self._plan(epoch)
-        rows = [self.rows[i] for i in self.steps[step]]
-        return [collate(rows[i:i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
+        return [self.rows[i] for i in self.steps[step]]
 
     def fingerprint(self):
         """Changes with the data: a resumed run checks it."""
@@ -146,18 +170,18 @@ class Replay:
         self.steps_per_epoch = batches.steps_per_epoch
 
     def __call__(self, step):
-        own = self.batches(step)
-        wanted = self.share / (1 - self.share) * sum((y != IGNORE).sum().item() for _, y in own)
-        rng = np.random.default_rng((self.batches.seed, step, 1))
+        pairs = self.batches
+        wanted = self.share / (1 - self.share) * sum(supervised(labels) for _, labels in pairs.rows_of(step))
+        rng = np.random.default_rng((pairs.seed, step, 1))
         rows = []
         while wanted > 0:
             row = self.stories[rng.integers(len(self.stories))]
-            n = len(row[0]) - 1
+            n = supervised(row[1])
             if n > wanted and rng.random() * n >= wanted:  # so the mean is exact, although stories are not cut
                 break
             rows.append(row)
             wanted -= n
-        return own + by_length(rows, self.batches.batch_size)
+        return pairs(step) + by_length(rows[pairs.rank::pairs.world], pairs.batch_size)
 
     def fingerprint(self):
         stories = fingerprint(np.array(ids, np.int32) for ids, _ in self.stories)
@@ -167,8 +191,9 @@ class Replay:
 class TokenBatches:
     """The same for packed plain text: windows of block_size tokens out of one long array, every token supervised."""
 
-    def __init__(self, tokens, block_size, batch_size, grad_accum, seed):
+    def __init__(self, tokens, block_size, batch_size, grad_accum, seed, rank=0, world=1):
         self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
+        self.rank, self.world = rank, world
         self.step_size = batch_size * grad_accum
         self.windows, self.spare = divmod(len(tokens) - 1, block_size)
         if self.windows < 1:
@@ -183,17 +208,20 @@ class TokenBatches:
             self.epoch, self.offset = epoch, int(rng.integers(self.spare + 1))  # other cuts in every epoch
             self.order = rng.permutation(self.windows)
         starts = self.order[step * self.step_size:(step + 1) * self.step_size] * self.block_size + self.offset
-        return [self.windows_at(starts[i:i + self.batch_size]) for i in range(0, len(starts), self.batch_size)]
+        return self._batches_at(starts[self.rank::self.world])
 
-    def windows_at(self, starts):
-        rows = np.stack([self.tokens[s:s + self.block_size + 1] for s in starts]).astype(np.int64)
-        rows = torch.from_numpy(rows)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    def validation(self, most):
+        """At most so many windows, evenly spread: [(x, y)], the same for all processes."""
+        return self._batches_at(
+            np.linspace(0, self.windows - 1, min(most, self.windows)).astype(np.int64) * self.block_size)
 
     def fingerprint(self):
         return fingerprint([self.tokens])
 
-    def validation(self, most):
-        """At most so many windows, evenly spread: [(x, y)]."""
-        starts = np.linspace(0, self.windows - 1, min(most, self.windows)).astype(np.int64) * self.block_size
-        return [self.windows_at(starts[i:i + self.batch_size]) for i in range(0, len(starts), self.batch_size)]
+    def _batches_at(self, starts):
+        return [self._windows_at(starts[i:i + self.batch_size]) for i in range(0, len(starts), self.batch_size)]
+
+    def _windows_at(self, starts):
+        rows = np.stack([self.tokens[s:s + self.block_size + 1] for s in starts]).astype(np.int64)
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import lora
-from checkpoint import find_base, load_model
+from checkpoint import find_base, find_model, load_model
 from common import fail, not_negative, pick_device, write_atomic
 from constraints import (
     FEATURE,
@@ -42,7 +42,7 @@ from constraints import (
 from dataset import by_length
 from model import IGNORE
 from records import read_records, read_stories, text_field
-from sample import continue_all, encode, find_model
+from sample import encode_request as encode, generate_all as continue_all
 from study import features
 
 HANDWRITTEN = Path(__file__).parent / "data" / "eval_instructions.jsonl"

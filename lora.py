@@ -19,14 +19,17 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import GPT
+from common import command_line, fail, fraction, new_directory, positive, write_atomic, write_json
+from model import GPT, PRESETS
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the names of the base's modules
-# PEFT's features that change what an adapter computes and are not ours, with the values that leave them off
+# PEFT's features that change what an adapter computes, or its base, and are not ours, with the values that leave them
+# off. (Initial values such as PiSSA's are subtracted from the base's weights.)
 OFF = {"bias": ("none",), "use_dora": (False,), "fan_in_fan_out": (False,), "rank_pattern": ({},),
        "alpha_pattern": ({},), "modules_to_save": ([],), "trainable_token_indices": ({}, []),
-       "layer_replication": ([],)}
+       "layer_replication": ([],), "lora_bias": (False,), "use_qalora": (False,), "target_parameters": ([],),
+       "alora_invocation_tokens": ([],), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}
 
 
 class LoRALinear(nn.Module):
@@ -99,7 +102,6 @@ def fingerprints(model):
 def save(directory, model, base="", base_fingerprints=None):
     """Write an adapter directory. base: where the base model is, for PEFT's users. base_fingerprints: those of the base
     as it was loaded, if its precision has been changed since."""
-    from common import write_atomic
     directory, parts = Path(directory), adapters(model)
     one = next(iter(parts.values()))
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": one.r,
@@ -111,7 +113,7 @@ def save(directory, model, base="", base_fingerprints=None):
     # one entry only: safetensors writes several in an order that changes from run to run
     metadata = {"base": json.dumps(base_fingerprints or fingerprints(model))}
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(directory / CONFIG, lambda p: p.write_text(json.dumps(config, indent=2), encoding="utf-8"))
+    write_json(directory / CONFIG, config)
     write_atomic(directory / TENSORS, lambda p: save_file(tensors, p, metadata=metadata))
 
 
@@ -145,6 +147,12 @@ def load(directory, model, scale=1.0):
     for name, digest in base.items():
         if own.get(name) != digest:
             raise ValueError(f"{directory}: made for another base model ({name} has other values)")
+    weights = model.state_dict()
+    for name in [name for name in tensors if name.endswith(".base_layer.weight")]:  # PEFT stores an adapted head's, too
+        weight = weights.get(name.replace(".base_layer.", "."))
+        tensor = tensors.pop(name)
+        if weight is None or weight.shape != tensor.shape or not torch.equal(weight.to(tensor.dtype), tensor):
+            raise ValueError(f"{directory / TENSORS}: {name} is not the weight of this base model")
     targets = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     if not targets or set(tensors) != {f"{name}.{part}.weight" for name in targets for part in ("lora_A", "lora_B")}:
         raise ValueError(f"{directory / TENSORS}: not the pairs lora_A, lora_B of an adapter")
@@ -186,9 +194,7 @@ TARGETS = {"attention": ATTENTION, "all-linear": [*ATTENTION, "gate_proj", "up_p
            "study": [*ATTENTION, "lm_head"]}
 
 
-def parse_args(argv):
-    from common import fraction, positive
-    from model import PRESETS
+def parse_args(argv=None):
     from train_sft import parse, sft_parser
     parser = sft_parser("Fine-tune low-rank adapters on a base model, with the loop, data and flags of train_sft.py. "
                         "(python lora.py merge --help: an adapter and its base into one model.)")
@@ -203,29 +209,27 @@ def parse_args(argv):
     flag("--dry-run", action="store_true", help="only count the parameters")
     flag("--preset", choices=PRESETS, help="with --dry-run: of a new model of this geometry, without a base")
     parser.set_defaults(out=Path("out/lora"))
-    return parse(parser, argv)
+    return parse(parser, argv, fixed=("init", "r", "alpha", "targets", "scaling", "dropout"))
 
 
-def put_on(model, args):
-    """Put the adapters that args ask for on the model and tell what they are."""
+def add_from_args(model, args):
+    """Put the adapters that the flags ask for on the model and print what they are."""
     alpha = args.alpha or 2 * args.r
     add(model, TARGETS.get(args.targets, args.targets.split(",")), args.r,
         int(alpha) if alpha == int(alpha) else alpha, args.scaling, args.dropout)
     names = dict.fromkeys(name.rsplit(".", 1)[-1] for name in adapters(model))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters())
     print(f"adapters of rank {args.r} on {len(adapters(model))} Linears ({', '.join(names)}): "
-          f"{trainable:,} trainable parameters of {everything:,} ({trainable / everything:.2%})")
+          f"{trainable:,} trainable parameters of {total:,} ({trainable / total:.2%})")
 
 
 def main(argv=None):
     import sys
 
+    import train_sft  # the command alone calls the loop: everything above is a library
     from checkpoint import find_last, load_model
-    from common import fail, pick_device
-    from model import PRESETS
-    from sample import tell_cases
-    from train_sft import builtin_base, check_out, load_batches, train
+    from sample import print_cases
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["merge"]:
         return merge(argv[1:])
@@ -236,41 +240,32 @@ def main(argv=None):
             if not args.dry_run:
                 raise ValueError("--preset is for --dry-run: adapters are trained on a trained base")
             with torch.device("meta"):
-                return put_on(GPT(PRESETS[args.preset]), args)
+                return add_from_args(GPT(PRESETS[args.preset]), args)
         if not args.dry_run:
-            check_out(args)
-        device = pick_device(args.device)
-        args.init = args.init or builtin_base()
+            train_sft.check_out(args)
+        device = train_sft.start(args)
+        args.init = train_sft.pick_init(args)
         model, tokenizer = load_model(args.init)
         base = fingerprints(model)
-        model.float()  # adapters start in full precision; `train` chooses the one they are trained in
-        torch.manual_seed(args.seed)
+        model.float()  # adapters start in full precision; `run` chooses the one they are trained in
         if args.dry_run:
-            return put_on(model, args)
+            return add_from_args(model, args)
         if args.resume:
             last, state = find_last(args.out)
             load(last, model)
         else:
-            put_on(model, args)
-        batches, val_batches = load_batches(args, model, tokenizer, state)
+            add_from_args(model, args)
+        batches, val_batches = train_sft.load_batches(args, model, tokenizer)
     except (ValueError, OSError) as e:
         fail(e)
-    try:
-        train(model, lambda directory: save(directory, model, args.init, base), batches, val_batches, args, state)
-    except FloatingPointError as e:
-        raise SystemExit(f"lora.py: {e}") from None
-    model, tokenizer = load_model(args.init)
-    load(args.out, model)
-    tell_cases(model.to(device, torch.float32).eval(), tokenizer)
+    train_sft.run(args, model, batches, val_batches, lambda directory: save(directory, model, args.init, base), state)
+    model, tokenizer = load_model(args.init, args.out)
+    print_cases(model.to(device, torch.float32).eval(), tokenizer)
 
 
 def merge(argv):
-    import argparse
-
     from checkpoint import load_model, save_model
-    from common import fail
-    parser = argparse.ArgumentParser(prog="lora.py merge", description="An adapter and its base into one plain model.")
-    parser.error = fail
+    parser = command_line("An adapter and its base into one plain model.", prog="lora.py merge")
     parser.add_argument("adapter", type=Path)
     parser.add_argument("--init", type=Path, required=True, help="the base model that the adapter was trained on")
     parser.add_argument("--out", type=Path, required=True, help="directory of the merged model")
@@ -278,9 +273,9 @@ def merge(argv):
     try:
         if args.out.exists():
             raise ValueError(f"--out {args.out} is there already")
-        model, tokenizer = load_model(args.init)
-        load(args.adapter, model)
-        save_model(args.out, merged(model), tokenizer)
+        model, tokenizer = load_model(args.init, args.adapter)
+        with new_directory(args.out) as work:
+            save_model(work, merged(model), tokenizer)
     except (ValueError, OSError) as e:
         fail(e)
     print(f"{args.adapter} merged into {args.init}: {args.out}")

@@ -184,36 +184,30 @@ class GPT(nn.Module):
                    for piece, ids in zip(x[supervised].split(512), targets[supervised].split(512)))
 
     @torch.inference_mode()
-    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, eos_id=None, seed=None,
-               guidance_scale=1.0):
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, eos_id=None, seed=None):
         """Continue several prompts at once; after each step yield a list with one new id a prompt.
 
         prompts: lists of ids, of unequal length if need be. A row ends with eos_id (which is not yielded), after
         max_new_tokens, or when block_size is full; from then on its entry is None. temperature 0 is argmax; top_k
         keeps the k likeliest ids, top_p of these the fewest that hold that share of the probability. The same seed
-        gives the same ids. guidance_scale above 1 makes likelier what is likelier after the prompt than after eos_id
-        alone (classifier-free guidance, Sanchez et al. 2023), at twice the work. Raises ValueError for a prompt without
-        room and for sampling values out of range.
+        gives the same ids. Raises ValueError for a prompt without room and for sampling values out of range.
         """
-        limit, guided = self.config.block_size, guidance_scale != 1
+        limit = self.config.block_size
         if not temperature >= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
             raise ValueError("sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 1")
         if not prompts or not all(0 < len(p) <= limit for p in prompts):
             raise ValueError(f"a prompt must have 1 to {limit} tokens")
-        if guided and (eos_id is None or not guidance_scale >= 0):
-            raise ValueError("guidance needs guidance_scale >= 0 and an eos_id")
-        rows = [*prompts, *[[eos_id]] * len(prompts)] if guided else prompts  # each story is written after both
         weight = self.lm_head.weight
         device = weight.device
         rng = None if seed is None else torch.Generator(device).manual_seed(seed)
 
-        B, lengths = len(rows), torch.tensor([len(p) for p in rows], device=device)
+        B, lengths = len(prompts), torch.tensor([len(p) for p in prompts], device=device)
         longest = max(map(len, prompts))
         size = min(longest + max_new_tokens, limit)
         shape = (B, self.config.n_kv_head, size, self.config.head_size)
         cache = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.model.layers]
         idx = torch.zeros(B, longest, dtype=torch.long, device=device)  # what pads a prompt is overwritten before
-        for row, prompt in zip(idx, rows):                              # the row ever looks at it
+        for row, prompt in zip(idx, prompts):                           # the row ever looks at it
             row[:len(prompt)] = torch.tensor(prompt, device=device)
         pos = torch.arange(longest, device=device).expand(B, -1)
         last = lengths - 1  # the column of each row's newest token
@@ -223,12 +217,8 @@ class GPT(nn.Module):
             used = min(longest + step, size)
             x = self.hidden(idx, pos, [(k[:, :, :used], v[:, :, :used]) for k, v in cache])  # (B, T, C)
             logits = self.lm_head(x[torch.arange(B, device=device), last]).float()  # (B, V): the head runs once a row
-            if guided:
-                asked, unasked = logits.chunk(2)  # (B/2, V) each
-                logits = unasked + guidance_scale * (asked - unasked)
-            new = sample_next(logits, temperature, top_k, top_p, rng)[:, None]  # a row each prompt
-            idx = new.repeat(B // len(prompts), 1)  # (B, 1)
-            ids = new[:, 0].tolist()
+            idx = sample_next(logits, temperature, top_k, top_p, rng)[:, None]  # (B, 1)
+            ids = idx[:, 0].tolist()
             alive = [a and i != eos_id for a, i in zip(alive, ids)]
             if not any(alive):
                 return

@@ -10,17 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import tokenizer as tokenizers
 from checkpoint import fits, load_last, load_model, save_model
-from common import fail, pick_device, positive
+from common import fail, positive, rank, wait_for_all, world
 from constraints import KEYS
+from data import builtin, generate
 from dataset import PROMPT, TokenBatches
 from model import GPT, PRESETS
 from records import read_stories, split_by_story
-from train_sft import check_out, data_files, parse, train, training_parser
+from train_sft import check_out, data_files, parse, run, set_block_size, start, training_parser
 
 # What differs from fine-tuning's defaults. small: those of the base that ships.
 SETTINGS = {
@@ -28,10 +28,7 @@ SETTINGS = {
     "microstories": {"lr": 5e-4, "batch_size": 32, "grad_accum": 16, "weight_decay": 0.1, "warmup": 1000,
                      "epochs": 1.0, "vocab_size": 65024},
 }
-# Of data/books.py. Without exercises word-for-word copying does not form in thirty million tokens (base/README.md).
-BUILTIN_TEXTS, BUILTIN_EXERCISES, BUILTIN_SEED = 150_000, 80_000, 1
-BUILTIN_VAL, BUILTIN_VAL_SEED = 200, 3    # plain stories
-BUILTIN_TOKENIZER = 12_000                # books that its tokenizer is trained on
+BUILTIN_TOKENIZER = 12_000  # texts that the built-in corpus's tokenizer is trained on
 VAL_WINDOWS = 48  # of block_size tokens: enough to see the loss fall, and no time lost
 
 
@@ -44,39 +41,47 @@ def parse_args(argv=None):
                         help="pieces of a newly trained tokenizer (default: %(default)s)")
     parser.set_defaults(out=Path("out/base"), val_fraction=0.01)
     parser.set_defaults(**SETTINGS[parser.parse_known_args(argv)[0].preset])
-    return parse(parser, argv)
+    return parse(parser, argv, fixed=("init", "preset", "tokenizer", "vocab_size"))
 
 
 def load_stories(args):
     """-> (train, val), lists of texts."""
     if args.data is None:
-        from data import books, generate
-        told = tqdm(books.texts(BUILTIN_TEXTS, BUILTIN_SEED), total=BUILTIN_TEXTS, unit="text")
-        return ([*books.exercises(BUILTIN_EXERCISES, BUILTIN_SEED), *told],
-                [record["text"] for record in generate.stories(BUILTIN_VAL, BUILTIN_VAL_SEED)])
+        texts = tqdm(builtin.pretraining(), total=builtin.BOOKS + builtin.EXERCISES, unit="text", disable=rank() > 0)
+        return list(texts), builtin.pretraining_validation()
     train_file, val_file = data_files(args)
     if val_file:
         return read_stories(train_file), read_stories(val_file)
     return split_by_story(read_stories(train_file), args.val_fraction)
 
 
-def train_tokenizer(texts, vocab_size, builtin=False):
+def train_tokenizer(texts, vocab_size, of_grammar=False):
     """A tokenizer of these stories that also has pieces for the words of the prompt template and its keys, which
     fine-tuning repeats in every row: without them half of a short prompt is spelled out in letters and bytes.
-    builtin: the stories are built-in ones, whose words are known."""
+    of_grammar: the stories are the built-in ones, whose words are known."""
     fixed = [*PROMPT.format("").split(), *KEYS] * (1 + len(texts) // 10)
-    if builtin:
-        from data import generate
+    if of_grammar:
         texts = generate.segments(texts[-BUILTIN_TOKENIZER:], generate.load()[1])
     return tokenizers.train(fixed + texts, vocab_size)
 
 
+def new_model(args, tokenizer, own):
+    """A GPT of --preset. own: the tokenizer was trained for it, so that the vocabulary is the tokenizer's."""
+    config = PRESETS[args.preset]
+    # with a ready tokenizer the preset's vocabulary may be the tokenizer's, padded (the study's is)
+    if own or not fits(tokenizer, config):
+        config = replace(config, vocab_size=tokenizer.vocab_size)
+    return GPT(replace(config, block_size=args.block_size or config.block_size))
+
+
 def write_tokens(path, texts, tokenizer):
     """Stories -> a file of their ids, an EOS behind each; returned as a memory-mapped array (N,)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as f:
-        for text in texts:
-            f.write(tokenizer.story(text).tobytes())
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as f:
+            for text in texts:
+                f.write(tokenizer.story(text).tobytes())
+    wait_for_all()
     return np.memmap(path, tokenizer.dtype, mode="r")
 
 
@@ -112,7 +117,7 @@ def main(argv=None):
     state = None
     try:
         check_out(args)
-        pick_device(args.device)
+        start(args)
         manifest = read_manifest(args)
         texts, val_texts = ([], []) if manifest else load_stories(args)
         if args.resume:
@@ -122,39 +127,27 @@ def main(argv=None):
         else:
             ready = args.tokenizer or (args.data if manifest else None)
             tokenizer = (tokenizers.load(ready) if ready
-                         else train_tokenizer(texts, args.vocab_size, builtin=args.data is None))
-            config = PRESETS[args.preset]
-            # the preset's vocabulary may be its tokenizer's, padded (the study's is); else the tokenizer decides
-            if not (ready and fits(tokenizer, config)):
-                config = replace(config, vocab_size=tokenizer.vocab_size)
-            torch.manual_seed(args.seed)
-            model = GPT(replace(config, block_size=args.block_size or config.block_size))
-        args.block_size = args.block_size or model.config.block_size
-        if args.block_size > model.config.block_size:
-            raise ValueError(f"--block-size {args.block_size} is beyond the model's {model.config.block_size}")
-        told = manifest or {"stories": {"train": len(texts), "val": len(val_texts)},
-                            "characters": sum(map(len, texts + val_texts))}
-        print(f"{told['stories']['train']} stories to train on, {told['stories']['val']} for validation; "
+                         else train_tokenizer(texts, args.vocab_size, of_grammar=args.data is None))
+            model = new_model(args, tokenizer, own=not ready)
+        set_block_size(args, model)
+        counts = manifest or {"stories": {"train": len(texts), "val": len(val_texts)},
+                              "characters": sum(map(len, texts + val_texts))}
+        print(f"{counts['stories']['train']} stories to train on, {counts['stories']['val']} for validation; "
               f"a vocabulary of {tokenizer.vocab_size} pieces, {model.num_params():,} parameters")
         if manifest:
             tokens, val_tokens = open_tokens(args.data, manifest, tokenizer)
         else:
             tokens = write_tokens(args.out / "tokens" / "train.bin", texts, tokenizer)
             val_tokens = write_tokens(args.out / "tokens" / "val.bin", val_texts, tokenizer) if val_texts else []
-        batches = TokenBatches(tokens, args.block_size, args.batch_size, args.grad_accum, args.seed)
-        print(f"{len(tokens):,} tokens, {told['characters'] / (len(tokens) + len(val_tokens)):.2f} characters each")
-        if state and state["data"] != batches.fingerprint():
-            raise ValueError(f"--resume: the data is not what {args.out} was trained on")
+        print(f"{len(tokens):,} tokens, {counts['characters'] / (len(tokens) + len(val_tokens)):.2f} characters each")
+        batches = TokenBatches(tokens, args.block_size, args.batch_size, args.grad_accum, args.seed, rank(), world())
         val_batches = []
         if len(val_tokens):
             val_batches = TokenBatches(val_tokens, min(args.block_size, len(val_tokens) - 1), args.batch_size, 1,
                                        args.seed).validation(VAL_WINDOWS)
     except (ValueError, OSError) as e:
         fail(e)
-    try:
-        train(model, lambda directory: save_model(directory, model, tokenizer), batches, val_batches, args, state)
-    except FloatingPointError as e:
-        raise SystemExit(f"pretrain.py: {e}") from None
+    run(args, model, batches, val_batches, lambda directory: save_model(directory, model, tokenizer), state)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import lora
-from checkpoint import find_base, load_model
-from common import fail, not_negative, pick_device, pick_dtype, write_atomic
+from checkpoint import find_model, load_model
+from common import fail, pick_device, pick_dtype, write_atomic
 from constraints import LIST_KEYS, WORDS, check, parse
 from dataset import encode_prompt
 from records import read_blocks, read_records, text_field
@@ -42,16 +41,7 @@ CASES = [
 BATCH = 64  # prompts of a file that are continued at once
 
 
-def find_model(ckpt, adapter=None):
-    """--ckpt, or out/sft (not under an adapter), or the base model. Raises ValueError if there is none."""
-    tuned = not adapter and Path("out/sft/config.json").is_file()
-    ckpt = ckpt or (Path("out/sft") if tuned else find_base())
-    if ckpt is None:
-        raise ValueError("there is no model yet: run train_sft.py, or name one with --ckpt")
-    return ckpt
-
-
-def encode(tokenizer, kind, text, block_size):
+def encode_request(tokenizer, kind, text, block_size):
     """An instruction, or the plain opening of a story, -> ids. Raises ValueError if it leaves no room for a story."""
     # base models read stories with EOS between them, so EOS is what stands before a story without an opening
     ids = encode_prompt(tokenizer, text) if kind == "instruction" else tokenizer.encode(text) or [tokenizer.eos_id]
@@ -71,7 +61,7 @@ def verdicts(instruction, story):
 
 def tell(model, tokenizer, kind, text, max_new_tokens, seed, sampling):
     """Print one prompt, its story as it comes, and which constraints the story meets."""
-    prompt = encode(tokenizer, kind, text, model.config.block_size)
+    prompt = encode_request(tokenizer, kind, text, model.config.block_size)
     print("─" * 60)
     print(text, end="" if kind == "prompt" else "\n\n")
     ids = model.stream([prompt], max_new_tokens, eos_id=tokenizer.eos_id, seed=seed, **sampling)
@@ -84,11 +74,11 @@ def tell(model, tokenizer, kind, text, max_new_tokens, seed, sampling):
         print("\n" + verdicts(text, story))
 
 
-def tell_cases(model, tokenizer, max_new_tokens=400, seed=1337, guidance_scale=1.0):
+def print_cases(model, tokenizer, max_new_tokens=400, seed=1337):
     """The study's eight test cases, each with the study's own sampling values."""
     for kind, text, sampling in CASES:
         try:
-            tell(model, tokenizer, kind, text, max_new_tokens, seed, sampling | {"guidance_scale": guidance_scale})
+            tell(model, tokenizer, kind, text, max_new_tokens, seed, sampling)
         except ValueError as e:  # a model of a very short context
             print(f"{text}\n({e})")
 
@@ -124,7 +114,7 @@ def tally(stories):
     return ", ".join(f"{name} {met[name]}/{of[name]}" for name in of if of[name])
 
 
-def continue_all(model, prompts, eos_id, seed, sampling, quiet=None):
+def generate_all(model, prompts, eos_id, seed, sampling, quiet=None):
     """Continue many prompts (lists of ids), rows of like length in a batch -> a list of new ids a prompt.
 
     sampling: what `GPT.generate` takes. quiet: True hides the progress bar, None shows it on a terminal only.
@@ -143,9 +133,9 @@ def continue_all(model, prompts, eos_id, seed, sampling, quiet=None):
 
 def tell_file(model, tokenizer, prompts, max_new_tokens, seed, sampling, out):
     """Continue many instructions, a batch at a time; print the stories, or write JSONL records to the file `out`."""
-    encoded = [encode(tokenizer, "instruction", text, model.config.block_size) for text in prompts]
+    encoded = [encode_request(tokenizer, "instruction", text, model.config.block_size) for text in prompts]
     start_time = time.perf_counter()
-    texts = continue_all(model, encoded, tokenizer.eos_id, seed, sampling | {"max_new_tokens": max_new_tokens})
+    texts = generate_all(model, encoded, tokenizer.eos_id, seed, sampling | {"max_new_tokens": max_new_tokens})
     stories, tokens = [tokenizer.decode(ids) for ids in texts], sum(map(len, texts))
     seconds = time.perf_counter() - start_time
     print(f"{len(stories)} stories, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s; met: "
@@ -178,8 +168,6 @@ def parse_args(argv=None):
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is argmax (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.9, help="in (0, 1] (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=30, help="0 is off (default: %(default)s)")
-    parser.add_argument("--guidance-scale", type=not_negative(float), default=1.0,
-                        help="above 1 the prompt counts for more, at twice the work; try 1.5 (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=400, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
     # machine
@@ -201,20 +189,17 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k or None,
-                "guidance_scale": args.guidance_scale}
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k or None}
     asked = [("instruction", text.replace("\\n", "\n")) for text in args.instruction]
     asked += [("prompt", text) for text in args.prompt]
     try:
         ckpt = find_model(args.ckpt, args.adapter)
         device = pick_device(args.device)
-        model, tokenizer = load_model(ckpt)
-        if args.adapter:
-            lora.load(args.adapter, model, args.adapter_scale)
+        model, tokenizer = load_model(ckpt, args.adapter, args.adapter_scale)
         model.to(device, torch.bfloat16 if pick_dtype(args.dtype, device) == "bf16-true" else torch.float32).eval()
         prompts = read_prompts(args.file) if args.file else []
         for kind, text in [*asked, *(("instruction", text) for text in prompts)]:
-            encode(tokenizer, kind, text, model.config.block_size)  # before the first story is written
+            encode_request(tokenizer, kind, text, model.config.block_size)  # before the first story is written
     except (ValueError, OSError) as e:
         fail(e)
     print(f"{ckpt}: {model.num_params():,} parameters", file=sys.stderr)
@@ -223,7 +208,7 @@ def main(argv=None):
     for kind, text in asked:
         tell(model, tokenizer, kind, text, args.max_new_tokens, args.seed, sampling)
     if not prompts and not asked:
-        tell_cases(model, tokenizer, args.max_new_tokens, args.seed, args.guidance_scale)
+        print_cases(model, tokenizer, args.max_new_tokens, args.seed)
 
 
 if __name__ == "__main__":

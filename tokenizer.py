@@ -5,8 +5,8 @@ Tokenizer files are Hugging Face's own (`tokenizer.model`, `tokenizer_config.jso
 """
 import io
 import json
-import os
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +19,7 @@ MAX_TRAIN_CHARS = 20_000_000  # more text hardly changes the pieces, and the tra
 
 
 class Tokenizer:
-    """vocab_size pieces; eos_id closes a story. `files` holds what `save` writes, by name, as bytes."""
+    """vocab_size pieces; eos_id closes a story. `files`: what a model directory holds of it, by name, as bytes."""
 
     def __init__(self, files):
         self.files = files
@@ -33,6 +33,7 @@ class Tokenizer:
         self.space_bytes = [self.sp.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
         if "tokenizer_config.json" not in files:
             files["tokenizer_config.json"] = json.dumps(self._config(), indent=2).encode()
+        add_no_tokens(files)
 
     def encode(self, text):
         """str -> list of ids. decode(encode(x)) == x for every string without surrogates (with our own tokenizers)."""
@@ -74,12 +75,6 @@ class Tokenizer:
     def _byte(self, i):
         return bytes([int(self.sp.id_to_piece(i)[3:-1], 16)])
 
-    def save(self, directory):
-        for name, content in self.files.items():
-            temporary = Path(directory, name + ".tmp")
-            temporary.write_bytes(content)
-            os.replace(temporary, Path(directory, name))  # never half a file
-
     def _config(self):
         piece = self.sp.id_to_piece
         prefix = self.sp.encode_as_pieces("a")[0].startswith(SPACE)
@@ -89,6 +84,17 @@ class Tokenizer:
         if self.sp.bos_id() >= 0:
             config["bos_token"] = piece(self.sp.bos_id())
         return config
+
+
+def add_no_tokens(files):
+    """Models are trained here without BOS, and with EOS only where a story ends: let no other program add them."""
+    config = json.loads(files["tokenizer_config.json"])
+    if config.get("add_bos_token") or config.get("add_eos_token"):
+        config |= {"add_bos_token": False, "add_eos_token": False}
+        files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+    fast = json.loads(files.get("tokenizer.json", "{}"))
+    if (fast.get("post_processor") or {}).get("type") == "TemplateProcessing":
+        files["tokenizer.json"] = json.dumps(fast | {"post_processor": None}, ensure_ascii=False).encode()
 
 
 def _is_utf8(data):
@@ -108,9 +114,13 @@ def load(path):
     files = {name: (directory / name).read_bytes() for name in FILES if directory and (directory / name).is_file()}
     files["tokenizer.model"] = model.read_bytes()
     try:
-        return Tokenizer(files)
+        tokenizer = Tokenizer(files)
     except (RuntimeError, ValueError) as e:
         raise ValueError(f"{model}: not a usable SentencePiece model ({str(e).strip()})") from None
+    if lost := [c for c in "\n，：“”" if c not in tokenizer.decode(tokenizer.encode(f"好{c}好"))]:
+        print(f"notice: {model} does not give back {' '.join(map(repr, lost))}; stories and prompts will lack them",
+              file=sys.stderr)
+    return tokenizer
 
 
 def train(texts, vocab_size):

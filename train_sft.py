@@ -1,10 +1,9 @@
 """Fine-tune a base model on story instructions, all parameters: python train_sft.py --lr 5e-4 --dtype bf16-mixed
 
 Fine-tuning is pretraining with the prompt masked out of the loss. So there is one loop, `train`, for plain text
-(pretrain.py) and for instruction pairs (here); they differ in the batches they hand it.
+(pretrain.py), for instruction pairs (here) and for adapters (lora.py); they differ in the batches they hand it. Another
+loss (DPO, a policy gradient) is another `loss_fn`.
 """
-import argparse
-import functools
 import json
 import math
 import shutil
@@ -14,13 +13,33 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import figures
 import lora
 from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model
-from common import StopSignals, fail, fraction, not_negative, pick_device, pick_dtype, positive, write_atomic
+from common import (
+    StopSignals,
+    check_writable,
+    command_line,
+    fail,
+    fraction,
+    not_negative,
+    pick_device,
+    pick_dtype,
+    positive,
+    rank,
+    start_processes,
+    sum_gradients,
+    sum_over_processes,
+    wait_for_all,
+    world,
+    write_json,
+    write_text,
+)
+from data import builtin
 from dataset import PairBatches, Replay, by_length, encode_pairs, encode_prompt, encode_stories, varied_prompts
 from model import IGNORE
 from records import read_instructions, read_stories, split_by_story
-from sample import tell_cases
+from sample import print_cases
 
 
 def get_lr(step, total, warmup, lr, min_lr, decay_rate=1.0):
@@ -33,54 +52,74 @@ def get_lr(step, total, warmup, lr, min_lr, decay_rate=1.0):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (lr - min_lr)
 
 
-def backward(forward, micro_batches, precision, device):
-    """Add the gradients of one optimizer step to .grad; return its loss, in nats per token: the sum over all its
-    supervised tokens / their number. (A mean of the micro-batches' means would weigh tokens by their batch.)"""
-    supervised = sum((y != IGNORE).sum().item() for _, y in micro_batches)
-    loss = 0.0
-    for x, y in micro_batches:
-        with precision:
-            part = forward(x.to(device), y.to(device)) / supervised
-        part.backward()
-        loss += part.item()
-    return loss
+def next_token_loss(model, batch):
+    """batch: (x, y), both (B, T) int64, y IGNORE where nothing is supervised. -> (summed cross-entropy in nats, number
+    of supervised tokens)."""
+    x, y = (ids.to(model.lm_head.weight.device) for ids in batch)
+    return model(x, y), (y != IGNORE).sum().item()
 
 
-def train(model, write, batches, val_batches, args, state=None, make_optimizer=torch.optim.AdamW):
-    """Train what of `model` requires a gradient, in place, and keep the run directory args.out. Returns the best
-    validation loss (None without one).
-
-    batches(step) -> the micro-batches [(x, y)] of optimizer step 0, 1, …; both (B, T) int64, y IGNORE where nothing is
-    supervised. val_batches: [(x, y)]. The loss is always the sum over supervised tokens / their number, over the whole
-    optimizer step, in nats per token. write(directory) saves the weights. state: what `load_last` gives, to resume.
-    Ctrl-C and SIGTERM save, then exit 130.
-    Raises FloatingPointError when the loss is not finite; the last save stays.
-    """
-    out, device = args.out, pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    total = args.max_steps or math.ceil(args.epochs * batches.steps_per_epoch)
-    warmup = args.warmup if args.warmup is not None else min(100, total // 10)
-    min_lr = args.min_lr if args.min_lr is not None else args.lr / 10
-    eval_every = args.eval_every or -(-total // 5)
-    save_every = args.save_every or eval_every
-
-    # bf16-true: weights and optimizer state in bfloat16. bf16-mixed: both in float32, bfloat16 inside autocast.
-    model.to(device, torch.bfloat16 if dtype == "bf16-true" else torch.float32)
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16-mixed")
+def adamw(model, lr=5e-4, weight_decay=0.0, betas=(0.9, 0.95), cls=torch.optim.AdamW):
+    """AdamW (or another class with its arguments) over the parameters that require gradients."""
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": args.weight_decay},
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]  # no decay on norm gains
-    optimizer = make_optimizer(groups, lr=args.lr, betas=(args.beta1, args.beta2),
-                               fused=device.type in ("cpu", "cuda", "mps", "xpu"))
-    forward = torch.compile(model) if args.compile else model
+    return cls(groups, lr=lr, betas=betas, fused=params[0].device.type in ("cpu", "cuda", "mps", "xpu"))
+
+
+def backward(model, micro_batches, loss_fn, params, precision):
+    """Put the gradients of one optimizer step into .grad, those of its loss: the sum over all its supervised tokens,
+    in all micro-batches and processes, / their number. (A mean of the micro-batches' means would weigh tokens by their
+    batch.) -> (that loss, the number)."""
+    loss, n = 0.0, 0
+    for batch in micro_batches:
+        with precision:
+            part, count = loss_fn(model, batch)
+        part.backward()
+        loss, n = loss + part.item(), n + count
+    loss, n = sum_over_processes(loss, n)
+    sum_gradients(params)
+    for p in params:
+        if p.grad is not None:
+            p.grad /= n
+    return loss / n, n
+
+
+def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None, warmup=None, decay_rate=1.0,
+          grad_clip=1.0, eval_every=None, save_every=None, dtype="32-true", compile=False, seed=1337,
+          loss_fn=next_token_loss, optimizer=None, state=None):
+    """Train the parameters of `model` that require gradients, in place, and keep the run directory `out`. -> the best
+    validation loss, None without one.
+
+    batches(step) -> the micro-batches of optimizer step 0, 1, …; val_batches: a list of batches. What a batch is only
+    loss_fn(model, batch) -> (summed loss, number of terms) knows; the loss is always sum / number over the whole step.
+    save(directory) writes the weights: the best so far to out/, the newest to out/last/. The learning rate is
+    `get_lr`'s (default: warm-up over 100 steps, at most a tenth of all; down to lr / 10). grad_clip: largest gradient
+    norm, 0 is off. eval_every, save_every: in steps (default: a fifth of all). dtype: "bf16-mixed" runs loss_fn under
+    autocast. optimizer: over these parameters (default: `adamw`). state: what `load_last` gives, to resume.
+    seed: of what is drawn in a step (dropout), so that resuming needs no generator's state.
+    Ctrl-C and SIGTERM save, then exit 130. Raises FloatingPointError when the loss is not finite, and OSError when
+    something cannot be written; the last save stays.
+    """
+    out = Path(out)
+    warmup = min(100, steps // 10) if warmup is None else warmup
+    min_lr = lr / 10 if min_lr is None else min_lr
+    eval_every = eval_every or -(-steps // 5)
+    save_every = save_every or eval_every
+    params = [p for p in model.parameters() if p.requires_grad]
+    device = params[0].device
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16-mixed")
+    optimizer = optimizer or adamw(model, lr)
+    compiled = torch.compile(model) if compile else model
 
     done, best = 0, None  # optimizer steps made; the best [validation loss, step] so far
     if state:
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
         done, best = state["step"], state["best"]
-    log = open_run(args, done)
-    data = batches.fingerprint()
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state["optimizer"])
+        for group, now in zip(optimizer.param_groups, settings):
+            group.update(now)  # this call's settings, not those of the call that saved
+    log = open_log(out, done)
 
     def evaluate():
         """Validation loss of the weights as they are. The best so far become the model directory."""
@@ -88,35 +127,39 @@ def train(model, write, batches, val_batches, args, state=None, make_optimizer=t
         loss = n = 0
         model.eval()
         with torch.no_grad(), precision:
-            for x, y in val_batches:
-                loss += model(x.to(device), y.to(device)).item()
-                n += (y != IGNORE).sum().item()
+            for batch in val_batches[rank()::world()]:
+                part, count = loss_fn(model, batch)
+                loss, n = loss + part.item(), n + count
         model.train()
+        loss, n = sum_over_processes(loss, n)
         if n:
             log(step=done, val_loss=loss / n)
             tqdm.write(f"step {done:5}: validation loss {loss / n:.4f}")
         if not n or best is None or loss / n < best[0]:
             best = [loss / n, done] if n else None
-            write(out)
+            if rank() == 0:
+                save(out)
 
-    def save():
-        save_last(out, write, {"step": done, "total": total, "best": best, "data": data,
-                               "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
+    def save_run():
+        if rank() == 0:
+            save_last(out, save, {"step": done, "best": best, "optimizer": optimizer.state_dict()})
 
-    print(f"{out}: {sum(p.numel() for p in params):,} trainable parameters, {total} steps, {dtype} on {device}")
+    print(f"{out}: {sum(p.numel() for p in params):,} trainable parameters, {steps} steps, {dtype} on {device}"
+          + (f", {world()} processes" if world() > 1 else ""))
     model.train()
     if done == 0:
-        save()  # first, so that no half-made run can pass for a finished one
+        save_run()  # first, so that no half-made run can pass for a finished one
         evaluate()
-    with StopSignals() as stop, tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) as bar:
-        while done < total and not stop.requested:
+    stopping = False
+    with StopSignals() as stop, tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True,
+                                     disable=rank() > 0) as bar:
+        while done < steps and not stopping:
             start = time.perf_counter()
-            lr = get_lr(done + 1, total, warmup, args.lr, min_lr, args.decay_rate)
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            micro_batches = batches(done)
-            loss = backward(forward, micro_batches, precision, device)
-            norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf).item()
+                group["lr"] = get_lr(done + 1, steps, warmup, lr, min_lr, decay_rate)
+            torch.manual_seed((seed * 1_000_003 + done) * world() + rank())
+            loss, n = backward(compiled, batches(done), loss_fn, params, precision)
+            norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):  # before the update: the weights are still good
                 raise FloatingPointError(f"step {done + 1}: loss {loss}, gradient norm {norm}. The run stops; "
                                          f"{out / 'last'} holds the last good weights. A lower --lr may help")
@@ -124,52 +167,34 @@ def train(model, write, batches, val_batches, args, state=None, make_optimizer=t
             optimizer.zero_grad()
             done += 1
 
-            speed = sum(x.numel() for x, _ in micro_batches) / (time.perf_counter() - start)
-            log(step=done, loss=loss, lr=lr, tokens_per_s=round(speed))
+            speed = n / (time.perf_counter() - start)  # supervised tokens, of all processes
+            log(step=done, loss=loss, lr=optimizer.param_groups[0]["lr"], tokens_per_s=round(speed))
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
-            if done % eval_every == 0 or done == total:
+            if done % eval_every == 0 or done == steps:
                 evaluate()
-            if done % save_every == 0 or done == total or stop.requested:
-                save()
-    plot(out)
-    if done < total:
-        print(f"stopped after step {done} of {total} and saved; --resume --out {out} goes on")
+            stopping = sum_over_processes(stop.requested)[0] > 0  # all stop if one is asked to
+            if done % save_every == 0 or done == steps or stopping:
+                save_run()
+    if rank() == 0:
+        figures.run_curves(out)
+    if done < steps:
+        print(f"stopped after step {done} of {steps} and saved; --resume --out {out} goes on")
         raise SystemExit(130)
     if best:
         print(f"best validation loss {best[0]:.4f} after step {best[1]}; the model is in {out}")
     return best and best[0]
 
 
-# ---- the run directory ----
-
-WEIGHTS_FILES = (WEIGHTS, lora.TENSORS)  # of a model, of an adapter
-
-def check_out(args):
-    """Before any work: refuse an output directory that holds a run, unless told what to do with it."""
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file, not a directory")
-    holds_run = any((args.out / name).exists() for name in (*WEIGHTS_FILES, "last", "log.jsonl"))
-    if holds_run and not (args.resume or args.overwrite):
-        raise ValueError(f"--out {args.out} already holds a run or a model: --resume goes on, --overwrite starts anew")
-
-
-def open_run(args, done):
-    """Make args.out ready for step done + 1 and return log(**fields), which writes a line of log.jsonl."""
-    out = args.out
+def open_log(out, done):
+    """-> log(**fields), which writes a line of out/log.jsonl. What was logged after step `done` is done again and goes,
+    as does a line that a crash cut short."""
+    if rank() > 0:
+        return lambda **fields: None
     path = out / "log.jsonl"
-    if done == 0:  # --overwrite: no file of the old run may pass for one of the new
-        for name in ("last", "last.old", "last.new"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in (*WEIGHTS_FILES, "log.jsonl", "loss.png"):
-            (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ONCE}
-    write_atomic(out / "args.json", lambda p: p.write_text(json.dumps(settings, indent=2, ensure_ascii=False), "utf-8"))
-    # what was logged after the last save is done again; a line that a crash cut short goes too
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
-    write_atomic(path, lambda p: p.write_text("".join(kept), encoding="utf-8"))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and done else []
+    write_text(path, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done))
 
     def log(**fields):
         with open(path, "a", encoding="utf-8") as f:
@@ -177,54 +202,18 @@ def open_run(args, done):
     return log
 
 
-def smooth(values):
-    """Exponential means over about 20 values, without the bias towards the start."""
-    mean, weight, means = 0.0, 0.0, []
-    for value in values:
-        mean, weight = 0.95 * mean + 0.05 * value, 0.95 * weight + 0.05
-        means.append(mean / weight)
-    return means
-
-
-def plot(out):
-    """loss.png from log.jsonl: the raw loss pale, smoothed on top, the validation points; below, the learning rate."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in open(out / "log.jsonl", encoding="utf-8")]
-    steps = [(r["step"], r["loss"], r["lr"]) for r in rows if "loss" in r]
-    points = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
-    fig, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained")
-    if steps:
-        at, loss, lr = zip(*steps)
-        top.plot(at, loss, color="tab:blue", alpha=0.25, linewidth=1, label="training, each step")
-        top.plot(at, smooth(loss), color="tab:blue", label="training, smoothed")
-        bottom.plot(at, lr, color="tab:gray")
-    if points:
-        top.plot(*zip(*points), "o-", color="tab:orange", markersize=5, linewidth=1, label="validation")
-    top.set_ylabel("loss (nats per token)")
-    top.legend()
-    top.grid(alpha=0.3)
-    bottom.set(ylabel="learning rate", xlabel="optimizer step")
-    bottom.grid(alpha=0.3)
-    fig.suptitle(str(out))
-    fig.savefig(out / "loss.png", dpi=120)
-    plt.close(fig)
-
-
-# ---- the command line ----
+# ---- around the loop: what the three training commands share ----
 
 ONCE = ("resume", "overwrite")  # flags of one call, not settings of the run
+WEIGHTS_FILES = (WEIGHTS, lora.TENSORS)  # of a model, of an adapter
 
 
 def training_parser(description):
     """The flags of every trainer. Their defaults are those of fine-tuning."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.error = fail
+    parser = command_line(description)
     flag = parser.add_argument
     # what goes in and out
-    flag("--init", type=Path, help="model directory to start from")
+    flag("--init", type=Path, help="model directory to start from (default: the base that ships)")
     flag("--data", type=Path, help="JSONL or JSON file, or a directory with train.jsonl and val.jsonl "
                                    "(default: the built-in corpus)")
     flag("--val-data", type=Path, help="validation file (default: split off from --data)")
@@ -262,18 +251,106 @@ def training_parser(description):
     return parser
 
 
-def parse(parser, argv):
-    """Parse; with --resume the settings of the run in --out take the place of the defaults."""
+def parse(parser, argv, fixed):
+    """Parse. With --resume the settings of the run in --out take the place of the defaults; a flag given now beats
+    them, or is refused if it is one of `fixed`, which no run can change."""
     args = parser.parse_args(argv)
-    if args.resume:
-        try:
-            stored = json.loads((args.out / "args.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as e:
-            fail(f"--resume: cannot read the settings of the run in {args.out}: {e}")
-        parser.set_defaults(**stored)
-        args = parser.parse_args(argv)
-    return args
+    if not args.resume:
+        return args
+    try:
+        stored = dict(json.loads((args.out / "args.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as e:
+        fail(f"--resume: cannot read the settings of the run in {args.out}: {e}")
+    default = object()  # argparse sets no default where the namespace has a value already
+    given = parser.parse_args(argv, type(args)(**dict.fromkeys(vars(args), default)))
+    given = {name: value for name, value in vars(given).items() if value is not default}
+    parser.set_defaults(**stored)
+    run = parser.parse_args(["--out", str(args.out)])  # as it was
+    for name in fixed:
+        if given.get(name, getattr(run, name)) != getattr(run, name):
+            fail(f"--{name.replace('_', '-')} {given[name]} cannot change with --resume; the run in {args.out} has "
+                 f"{getattr(run, name)}")
+    if "epochs" in given and "max_steps" not in given:
+        parser.set_defaults(max_steps=None)
+    return parser.parse_args(argv)
 
+
+def check_out(args):
+    """Before any work: refuse an output directory that holds a run, unless told what to do with it, and one that cannot
+    be written to."""
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file, not a directory")
+    holds_run = any((args.out / name).exists() for name in (*WEIGHTS_FILES, "last", "log.jsonl"))
+    if holds_run and not (args.resume or args.overwrite):
+        raise ValueError(f"--out {args.out} already holds a run or a model: --resume goes on, --overwrite starts anew")
+    check_writable(args.out)
+
+
+def start(args):
+    """-> the device. From here on the processes of a torchrun know each other, and random numbers are the seed's."""
+    device = pick_device(args.device)
+    start_processes(device)
+    torch.manual_seed(args.seed)
+    return device
+
+
+def pick_init(args):
+    """--init, or the base that ships."""
+    init = args.init or find_base()
+    print(f"base model: {init}")
+    return init
+
+
+def run(args, model, batches, val_batches, save, state=None, optimizer=torch.optim.AdamW):
+    """The training run that the flags describe; `train` has the parameters' meaning. optimizer: a class."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    steps = args.max_steps or math.ceil(args.epochs * batches.steps_per_epoch)
+    data = batches.fingerprint()
+    if state and data != args.fingerprint:
+        fail(f"--resume: the data is not what {args.out} was trained on")
+    if state and steps <= state["step"]:
+        fail(f"--resume: the run in {args.out} has made {state['step']} steps already, of {steps}: a larger "
+             "--max-steps or --epochs goes on")
+    args.fingerprint = data
+    wait_for_all()  # all have looked at --out before the first one writes to it
+    # bf16-true: weights and optimizer state in bfloat16. bf16-mixed: both in float32, bfloat16 inside autocast.
+    model.to(device, torch.bfloat16 if dtype == "bf16-true" else torch.float32)
+    try:
+        if rank() == 0:
+            open_run(args, fresh=state is None)
+        train(model, batches, val_batches, args.out, save, steps=steps, lr=args.lr, min_lr=args.min_lr,
+              warmup=args.warmup, decay_rate=args.decay_rate, grad_clip=args.grad_clip, eval_every=args.eval_every,
+              save_every=args.save_every, dtype=dtype, compile=args.compile, seed=args.seed,
+              optimizer=adamw(model, args.lr, args.weight_decay, (args.beta1, args.beta2), optimizer), state=state)
+    except FloatingPointError as e:
+        raise SystemExit(f"error: {e}") from None
+    except OSError as e:
+        fail(f"cannot write to {args.out}: {e.strerror or e}. {last_save(args.out)}")
+    wait_for_all()  # the model is there for all of them
+
+
+def open_run(args, fresh):
+    """Make args.out ready. fresh: no file of an older run there (--overwrite) may pass for one of the new."""
+    out = args.out
+    if fresh:
+        for name in ("last", "last.old", "last.new"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in (*WEIGHTS_FILES, "log.jsonl", "loss.png"):
+            (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "args.json", {k: str(v) if isinstance(v, Path) else v
+                                   for k, v in vars(args).items() if k not in ONCE})
+
+
+def last_save(out):
+    try:
+        return f"The last good save is {out / 'last'}, after step {load_last(out)[2]['step']}"
+    except (ValueError, OSError, RuntimeError):
+        return "Nothing is saved yet"
+
+
+# ---- the command: full-parameter fine-tuning ----
 
 def sft_parser(description):
     """The flags of fine-tuning, of all parameters or of adapters."""
@@ -289,7 +366,8 @@ def sft_parser(description):
 
 
 def parse_args(argv=None):
-    return parse(sft_parser("Fine-tune a base model on story instructions, all parameters."), argv)
+    parser = sft_parser("Fine-tune a base model on story instructions, all parameters.")
+    return parse(parser, argv, fixed=("init",))
 
 
 def data_files(args):
@@ -305,58 +383,27 @@ def data_files(args):
 def load_pairs(args):
     """-> (train, val), lists of (instruction, output)."""
     if args.data is None:
-        pairs = [(record["instruction"], record["output"]) for record in builtin_records()]
-        return split_by_story(pairs, args.val_fraction, story=lambda pair: pair[1])
-    train_file, val_file = data_files(args)
-    if val_file:
-        return read_instructions(train_file), read_instructions(val_file)
-    return split_by_story(read_instructions(train_file), args.val_fraction, story=lambda pair: pair[1])
-
-
-BUILTIN_STORIES, BUILTIN_SEED = 3000, 2  # fine-tuning's part of the built-in corpus; the base is trained on seed 1
-BUILTIN_AUTHORED = 2  # instructions of each authored story
-
-
-@functools.cache  # reproduce.py asks for them run after run
-def builtin_records():
-    """Instruction records of built-in stories. The authored ones come twice, under other constraints: 8% of the rows,
-    for they are the only ones in a language that no grammar makes, and too few for more."""
-    from data import generate
-    told = [*generate.stories(BUILTIN_STORIES, BUILTIN_SEED), *generate.authored("train") * BUILTIN_AUTHORED]
-    return list(generate.instructions(told, BUILTIN_SEED))
-
-
-REPLAYED = 5000  # texts of the base's pretraining that --replay draws from
+        pairs = [(record["instruction"], record["output"]) for record in builtin.fine_tuning()]
+    else:
+        train_file, val_file = data_files(args)
+        pairs = read_instructions(train_file)
+        if val_file:
+            return pairs, read_instructions(val_file)
+    return split_by_story(pairs, args.val_fraction, story=lambda pair: pair[1])
 
 
 def load_replay(args, tokenizer):
     """-> the plain stories of --replay, encoded. Raises ValueError without any."""
-    if args.replay_data:
-        texts = read_stories(args.replay_data)
-    elif args.data is None:
-        import pretrain
-        from data import books
-        texts = books.texts(REPLAYED, pretrain.BUILTIN_SEED)
-    else:
+    if args.data and not args.replay_data:
         raise ValueError("--replay with --data needs --replay-data, the plain stories of the base's pretraining")
+    texts = read_stories(args.replay_data) if args.replay_data else builtin.replayed()
     return encode_stories(tokenizer, texts, args.block_size, "replay")
 
 
-def builtin_base():
-    """The base model that ships. Raises ValueError if it is not there."""
-    base = find_base()
-    if base is None:
-        raise ValueError("there is no base model in base/: name one with --init, or make one with pretrain.py")
-    print(f"base model: {base}")
-    return base
-
-
-def load_batches(args, model, tokenizer, state):
-    """-> (batches, validation batches) of the run; fills in the settings that hang on data and model."""
+def load_batches(args, model, tokenizer):
+    """-> (batches, validation batches) of the run; fills in the settings that depend on data and model."""
     args.epochs = args.epochs or (1.0 if args.data is None else 3.0)
-    args.block_size = args.block_size or model.config.block_size
-    if args.block_size > model.config.block_size:
-        raise ValueError(f"--block-size {args.block_size} is beyond the model's {model.config.block_size}")
+    set_block_size(args, model)
     pairs, val_pairs = load_pairs(args)
     rows = encode_pairs(tokenizer, pairs, args.block_size, "training")
     val_rows = encode_pairs(tokenizer, val_pairs, args.block_size, "validation")
@@ -364,35 +411,34 @@ def load_batches(args, model, tokenizer, state):
     if args.order == "sample" or args.drop:
         fitting = [i for i, _ in pairs if len(encode_prompt(tokenizer, i)) < args.block_size]
         prompt = varied_prompts(tokenizer, fitting, args.order == "sample", args.drop)
-    batches = PairBatches(rows, args.batch_size, args.grad_accum, args.seed, prompt=prompt)
+    batches = PairBatches(rows, args.batch_size, args.grad_accum, args.seed, True, prompt, rank(), world())
     if args.replay:
         batches = Replay(batches, load_replay(args, tokenizer), args.replay)
-    if state and state["data"] != batches.fingerprint():
-        raise ValueError(f"--resume: the data is not what {args.out} was trained on")
     return batches, by_length(val_rows, args.batch_size)
 
 
-def main(argv=None, make_optimizer=torch.optim.AdamW):
+def set_block_size(args, model):
+    args.block_size = args.block_size or model.config.block_size
+    if args.block_size > model.config.block_size:
+        raise ValueError(f"--block-size {args.block_size} is beyond the model's {model.config.block_size}")
+
+
+def main(argv=None, optimizer=torch.optim.AdamW):
     args = parse_args(argv)
     state = None
     try:
         check_out(args)
-        device = pick_device(args.device)
+        device = start(args)
         if args.resume:
             model, tokenizer, state = load_last(args.out)
         else:
-            model, tokenizer = load_model(args.init or builtin_base())
-        batches, val_batches = load_batches(args, model, tokenizer, state)
+            model, tokenizer = load_model(pick_init(args))
+        batches, val_batches = load_batches(args, model, tokenizer)
     except (ValueError, OSError) as e:
         fail(e)
-    torch.manual_seed(args.seed)
-    try:
-        train(model, lambda directory: save_model(directory, model, tokenizer), batches, val_batches, args, state,
-              make_optimizer)
-    except FloatingPointError as e:
-        raise SystemExit(f"train_sft.py: {e}") from None
+    run(args, model, batches, val_batches, lambda directory: save_model(directory, model, tokenizer), state, optimizer)
     best, tokenizer = load_model(args.out)
-    tell_cases(best.to(device, torch.float32).eval(), tokenizer)
+    print_cases(best.to(device, torch.float32).eval(), tokenizer)
 
 
 if __name__ == "__main__":

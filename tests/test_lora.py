@@ -10,7 +10,7 @@ from conftest import tiny_config
 import evaluate
 import lora
 import sample
-from checkpoint import load_model, save_model
+from checkpoint import load_model, save_model, save_tokenizer
 from model import GPT, GPTConfig
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -56,18 +56,26 @@ def test_ours_in_peft(tok, tmp_path, scaling):
     assert torch.allclose(lora.merged(model)(IDX), merged(IDX).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("targets, r, rslora", [(["q_proj", "v_proj"], 4, False), (ALL, 16, False), (ALL, 8, True)])
-def test_theirs_here(tok, tmp_path, targets, r, rslora):
+@pytest.mark.parametrize("targets, r, rslora, tied", [
+    (["q_proj", "v_proj"], 4, False, True), (ALL, 16, False, True), (ALL, 8, True, True),
+    (["lm_head", "q_proj"], 8, False, False), (["lm_head"], 4, False, True)])
+def test_theirs_here(tok, tmp_path, targets, r, rslora, tied):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    save_model(tmp_path / "base", random_model(study_config(tok.vocab_size)), tok)
+    save_model(tmp_path / "base", random_model(study_config(tok.vocab_size, tie_embeddings=tied)), tok)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=r, lora_alpha=12, target_modules=targets, use_rslora=rslora,
                                                        task_type="CAUSAL_LM", init_lora_weights=False)).eval()
     theirs.save_pretrained(tmp_path / "adapter")
-    model, _ = load_model(tmp_path / "base")
-    lora.load(tmp_path / "adapter", model)
-    assert len(lora.adapters(model)) == len(targets) * model.config.n_layer
-    assert torch.allclose(model.eval()(IDX), theirs(IDX).logits, atol=1e-4)
+    model, _ = load_model(tmp_path / "base", tmp_path / "adapter")
+    head = "lm_head" in targets
+    assert len(lora.adapters(model)) == head + (len(targets) - head) * model.config.n_layer
+    assert torch.allclose(model.eval()(IDX), theirs(IDX).logits, atol=1e-5)
+    if head:  # peft stores the head's own weight, too: it must be this base's
+        with torch.no_grad():
+            model.lm_head.weight.add_(1)
+        other = random_model(model.config, seed=2)
+        with pytest.raises(ValueError, match="lm_head.base_layer.weight is not the weight of this base"):
+            lora.load(tmp_path / "adapter", other)
 
 
 def test_the_base_stays_and_the_adapter_alone_is_saved(tok, tmp_path):
@@ -116,7 +124,9 @@ def test_what_does_not_fit_is_named(tok, tmp_path):
     with pytest.raises(ValueError, match="has an adapter already"):
         lora.load(tmp_path, model)
     config = json.loads((tmp_path / lora.CONFIG).read_text())
-    for change, says in [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "IA3")]:
+    inits = ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "mica", "lora_ga")  # all change the base's weights
+    for change, says in [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "IA3"),
+                         *(({"init_lora_weights": name}, f"init_lora_weights '{name}'") for name in inits)]:
         (tmp_path / lora.CONFIG).write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=says):
             lora.load(tmp_path, random_model(model.config))
@@ -184,7 +194,7 @@ def settings(model_dir, pairs_file, out, *more):
 @pytest.mark.parametrize("more", [[], ["--dtype", "bf16-mixed", "--dropout", "0.2"],
                                   ["--dtype", "bf16-true", "--targets", "study", "--scaling", "rslora"]])
 def test_an_adapter_is_trained_and_resumed_bit_for_bit(model_dir, pairs_file, tmp_path, monkeypatch, capsys, more):
-    monkeypatch.setattr("sample.has_bf16", lambda device: True)
+    monkeypatch.setattr("common.has_bf16", lambda device: True)
     before = {p.name: p.read_bytes() for p in model_dir.iterdir()}
     out = tmp_path / "run"
     lora.main(settings(model_dir, pairs_file, out, *more))
@@ -268,7 +278,7 @@ def test_an_adapter_for_someone_elses_model(tok, pairs_file, tmp_path):
     theirs = transformers.LlamaForCausalLM(config)
     theirs.save_pretrained(tmp_path / "base", max_shard_size="100KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
-    tok.save(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", tok)
     lora.main(settings(tmp_path / "base", pairs_file, tmp_path / "run", "--targets", "study"))
     lora.main(["merge", str(tmp_path / "run"), "--init", str(tmp_path / "base"), "--out", str(tmp_path / "merged")])
     peft = pytest.importorskip("peft")

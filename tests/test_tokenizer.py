@@ -6,6 +6,7 @@ import sentencepiece
 from conftest import STORIES
 
 import tokenizer as tokenizers
+from checkpoint import save_tokenizer
 
 AWKWARD = [" ", "  a", "a▁b", "\0", "\r\n", "</s>", "\n\n", "", "▁", " ▁ ", "▁▁", "<0x0A>", "<unk>", "a\0b", "\t",
            "\u2028", "\ufffd", "你好，世界！", " 你 好 ", "😀👨‍👩‍👧", "𠮷野家", "①～ＡＢ", "e\u0301", "\u200b"]
@@ -94,7 +95,7 @@ def test_another_tokenizer_model_loads_and_keeps_its_files(tmp_path):
     tok = tokenizers.load(path)
     assert tok.decode(tok.encode("小猫在河边捡到一个铲子")) == "小猫在河边捡到一个铲子"
     tok.encode("a▁b")
-    tok.save(tmp_path)
+    save_tokenizer(tmp_path, tok)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"tokenizer_class": "T5Tokenizer"}
     assert tokenizers.load(path / "tokenizer.model").vocab_size == tok.vocab_size
 
@@ -104,7 +105,7 @@ def test_autotokenizer_gives_the_same_ids(tok, tmp_path, with_json):
     transformers = pytest.importorskip("transformers")
     if not with_json:
         pytest.importorskip("google.protobuf")
-    tok.save(tmp_path)
+    save_tokenizer(tmp_path, tok)
     if not with_json:
         (tmp_path / "tokenizer.json").unlink()
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import train_sft
 from checkpoint import WEIGHTS, load_last, load_model
 from dataset import PairBatches, collate, encode_pairs
-from train_sft import backward, get_lr
+from train_sft import backward, get_lr, next_token_loss
 
 
 def lrs(total, warmup, r=1.0, lr=1.0, min_lr=0.1):
@@ -45,7 +45,8 @@ def test_one_batch_equals_accumulated_ones_of_unequal_length(tok, pairs):
 
     def step(batches):
         model.zero_grad()
-        loss = backward(model, batches, contextlib.nullcontext(), torch.device("cpu"))
+        loss, n = backward(model, batches, next_token_loss, list(model.parameters()), contextlib.nullcontext())
+        assert n == sum(counts)
         return loss, {name: p.grad.clone() for name, p in model.named_parameters()}
 
     (loss, grads), (loss_4, grads_4) = step([collate(rows)]), step(micro_batches)
@@ -182,8 +183,8 @@ def test_a_save_that_was_interrupted_between_its_renames_is_found(straight, tmp_
 
 @pytest.mark.parametrize("dtype, stored", [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32)])
 def test_precisions_learn_and_resume(dtype, stored, model_dir, pairs_file, tmp_path, monkeypatch):
-    emulate = "import sample; sample.has_bf16 = lambda device: True\n"  # slow without bfloat16 units, but the same
-    monkeypatch.setattr("sample.has_bf16", lambda device: True)
+    emulate = "import common; common.has_bf16 = lambda device: True\n"  # slow without bfloat16 units, but the same
+    monkeypatch.setattr("common.has_bf16", lambda device: True)
     argv = list(map(str, settings(model_dir, pairs_file, tmp_path / "a", "--dtype", dtype)))
     train_sft.main(argv)
     losses = [r["val_loss"] for r in logged(tmp_path / "a") if "val_loss" in r]
