@@ -1,10 +1,8 @@
 """What a report is made of: blocks of Markdown (strings), and the figures that are not figures.py's."""
 import math
 
+from figures import COLOURS, DASHES, save, subplots
 from sample import CASES
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")  # distinct for the colour-blind, too (Okabe and Ito)
-DASHES = ("-", "--", "-.", ":")                                    # and in black and white
 
 
 def table(header, rows):
@@ -28,16 +26,13 @@ def stories(by_run):
 
 def draw_lines(series, path, xlabel, ylabel, log_x=False):
     """series: {label: [(x, y)]}, a line each; points without a finite y are left out."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    fig, ax = subplots(figsize=(8, 4.5))
     for i, (label, points) in enumerate(series.items()):
         points = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
         if points:
+            # four dashes and five colours: no two of twenty lines are alike
             ax.plot(*zip(*points), DASHES[i % 4], marker="os^Dv"[i % 5], color=COLOURS[i % 5], label=label)
             ax.legend(fontsize=8)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear")
     ax.grid(alpha=0.3)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    save(fig, path)

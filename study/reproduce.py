@@ -62,12 +62,12 @@ METHODS = {"full fine-tuning": None, "LoRA r=8, q+v": (8, "q_proj,v_proj"),  # r
 class Results(dict):
     """{(name, seed): {measure: value}} of the finished runs of an experiment."""
 
-    def values(self, name, measure="loss"):
+    def per_seed(self, name, measure="loss"):
         """One for each seed that has it."""
         return [value for seed in SEEDS if (value := self.get((name, seed), {}).get(measure)) is not None]
 
     def mean(self, name, measure="loss"):
-        values = self.values(name, measure)
+        values = self.per_seed(name, measure)
         return statistics.fmean(values) if values else None
 
     def differences(self, a, b, measure="loss"):
@@ -77,10 +77,10 @@ class Results(dict):
 
     def cell(self, name, measure="loss", form="{:.4f}"):
         """Mean over the seeds, and the least and the most, as text."""
-        return spread(self.values(name, measure), form)
+        return spread(self.per_seed(name, measure), form)
 
     def count(self, name, measure="loss"):
-        return len(self.values(name, measure))
+        return len(self.per_seed(name, measure))
 
 
 def spread(values, form):
@@ -130,7 +130,7 @@ class Finding:
         mean = statistics.fmean(self.differences)
         if n < 3:
             return mean, None, None
-        half = scipy.stats.t.ppf(0.975, n - 1) * statistics.stdev(self.differences) / n ** 0.5
+        half = float(scipy.stats.t.ppf(0.975, n - 1)) * statistics.stdev(self.differences) / n ** 0.5
         return mean, mean - half, mean + half
 
     def verdict(self):
@@ -303,7 +303,7 @@ def report_sweep(lab, results):
     for method in METHODS:
         _, best = learning_rates(lab, method)
         name = (method, best)
-        if not results.values(name):
+        if not results.per_seed(name):
             continue
         full = full or name  # the first of the methods
         recovered = [(run["base_loss"] - run["loss"]) / (run["base_loss"] - results[full, seed]["loss"])
@@ -399,9 +399,9 @@ def report_constraints(lab, results):
     ]
     findings = [
         Finding("single constraints mostly work", "all of 1 met in run 4, less one half",
-                [rate - 0.5 for rate in results.values("run 4", "all_of_1")]),
+                [rate - 0.5 for rate in results.per_seed("run 4", "all_of_1")]),
         Finding("combined ones work poorly", "one half, less all of 2, 3, 4 met in run 4",
-                [0.5 - rate for rate in results.values("run 4", "all_of_more")]),
+                [0.5 - rate for rate in results.per_seed("run 4", "all_of_more")]),
     ]
     return blocks, findings
 
@@ -506,7 +506,7 @@ def report_replay(lab, results):
     ]
     findings = [
         Finding("coherence drops after SFT", "loss on plain stories, after - before",
-                [after - before for after in results.values(0, "plain_nll")]),
+                [after - before for after in results.per_seed(0, "plain_nll")]),
         Finding("replay (0.5) buys it back", "loss on plain stories, without - with",
                 results.differences(0, 0.5, "plain_nll")),
         Finding("(ours) replay (0.5) costs instructions", "validation loss, with - without",
@@ -651,8 +651,8 @@ def write_report(lab, numbers, command):
         findings += more_findings
     blocks += [
         "## Verdicts",
-        "Paired differences over seeds; above 0 agrees with the finding. holds: their 95% t interval lies above 0; does "
-        "not hold: below 0; undecided otherwise, or with fewer than three seeds. (ours): not of the study.",
+        "Paired differences over seeds; above 0 agrees with the finding. holds: their 95% t interval lies above 0; "
+        "does not hold: below 0; undecided otherwise, or with fewer than three seeds. (ours): not of the study.",
         report.table(["finding", "measured", "mean and 95% interval", "n", "verdict"], [f.row() for f in findings]),
     ]
     write_text(lab.out / "report.md", "\n\n".join(blocks) + "\n")

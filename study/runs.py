@@ -25,7 +25,7 @@ from constraints import parse
 from data import builtin
 from dataset import by_length, encode_pairs, mean_loss
 from evaluate import evaluate
-from sample import CASES, encode
+from sample import CASES, encode_request
 from study import features, memorisation
 from study.average import interpolate
 
@@ -38,6 +38,10 @@ class Run:
     """argv: a training command as a user would type it, without --out. optimizer: one of OPTIMIZERS."""
     argv: tuple
     optimizer: str = "AdamW"
+
+    def steps(self):
+        """How many optimizer steps it is to make, where the flags say it."""
+        return int(self.argv[self.argv.index("--max-steps") + 1]) if "--max-steps" in self.argv else math.inf
 
     def command(self):
         return "python " + " ".join(self.argv) + ("" if self.optimizer == "AdamW" else f"  # {self.optimizer}")
@@ -116,18 +120,22 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
+def test_rows(n):
+    """Instructions that no model was trained on, as evaluate.py takes them, with the story."""
+    return [{"constraints": r["constraints"], "story": r["output"]} for r in builtin.held_out_instructions(n)]
+
+
 def steps_made(out):
-    """-> (steps that the run in this directory has made, steps it is to make); (0, None) where none is saved."""
+    """The step at which the run in this directory was last saved; 0 where nothing is."""
     try:
-        state = find_last(out)[1]
+        return find_last(out)[1]["step"]
     except ValueError:
-        return 0, None
-    return state["step"], state["total"]
+        return 0
 
 
-def resume_flags(out):
-    """The flags that make a trainer go on with what is in `out`, or begin anew where nothing has been saved."""
-    return ["--resume"] if steps_made(out)[0] else ["--overwrite"]
+def train_in(out, program, argv, **more):
+    """Call a trainer's main, so that it goes on with what is saved in `out`, or begins anew."""
+    program([*(str(a) for a in argv), "--out", str(out), "--resume" if steps_made(out) else "--overwrite"], **more)
 
 
 class Lab:
@@ -139,8 +147,6 @@ class Lab:
 
     def __init__(self, init, data, out, steps, seeds=(), settings=()):
         self.init = Path(init) if init else find_base()
-        if self.init is None:
-            raise ValueError("there is no base model in base/: name one with --init")
         if not (self.init / WEIGHTS).is_file():
             raise ValueError(f"no model in {self.init}")
         self.data, self.out, self.steps, self.seeds = data, Path(out), steps, seeds
@@ -211,16 +217,15 @@ class Lab:
         if run.argv[0] == "train_sft.py":
             more["optimizer"] = functools.partial(OPTIMIZERS[run.optimizer], horizon=max(1.0, EMA_HORIZON * self.steps))
         failed, start = None, time.perf_counter()
-        made, total = steps_made(model)
-        if made != total:  # else only what comes behind the last step was interrupted
-            with open(directory / "output.txt", "a", encoding="utf-8") as f, \
-                    contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
-                try:
-                    PROGRAMS[run.argv[0]]([*run.argv[1:], "--out", str(model), *resume_flags(model)], **more)
-                except SystemExit as e:  # a string: the loss was not finite
-                    failed = e.code
-                    if failed == 130:
-                        raise
+        with open(directory / "output.txt", "a", encoding="utf-8") as f, \
+                contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+            try:
+                if steps_made(model) < run.steps():  # else only what comes behind the last step was interrupted
+                    train_in(model, PROGRAMS[run.argv[0]], run.argv[1:], **more)
+            except SystemExit as e:  # a string: the loss was not finite
+                failed = e.code
+                if failed == 130:
+                    raise
         if failed and not isinstance(failed, str):
             raise ValueError(f"{run.command()} ended with exit code {failed}; see {directory / 'output.txt'}")
         self.finish(run, directory, failed, time.perf_counter() - start)
@@ -244,7 +249,7 @@ class Lab:
                     p.data = average
                 save_model(directory / "ema", tuned, tokenizer)
         write_json(directory / "done.json", result)
-        shutil.rmtree(model / "last")
+        shutil.rmtree(model / "last", ignore_errors=True)
 
     def load(self, run):
         """-> (model in float32, tokenizer) of a finished run or a mix of its weights."""
@@ -283,8 +288,7 @@ class Lab:
                     if (constraints := parse(instruction)[0])][:JUDGED]
             plain, known = [story for _, story in validation[:JUDGED]], [story for _, story in training]
         else:
-            rows = [{"constraints": r["constraints"], "story": r["output"]}
-                    for r in builtin.held_out_instructions(JUDGED)]
+            rows = test_rows(JUDGED)
             plain = builtin.plain_stories()
             known = [*(r["output"] for r in builtin.fine_tuning()), *builtin.replayed()]
         return rows, plain, {"detect": features.detector(), "measure": memorisation.measure(known)}
@@ -305,7 +309,7 @@ class Lab:
 
     def story(self, model, tokenizer, kind, text, sampling, max_new_tokens=400):
         try:
-            ids = encode(tokenizer, kind, text, model.config.block_size)
+            ids = encode_request(tokenizer, kind, text, model.config.block_size)
         except ValueError as e:  # a model of a very short context
             return f"({e})"
         [story] = model.generate([ids], max_new_tokens, eos_id=tokenizer.eos_id, seed=1337, **sampling)
