@@ -160,8 +160,7 @@ def check_writable(directory):
 # ---- stopping ----
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask the loop to stop after the step that is under way; a second one kills at once (not under
-    torchrun, which passes on a Ctrl-C that the terminal has sent to all processes already)."""
+    """Ctrl-C and SIGTERM ask the loop to stop after the step that is under way; a second one kills at once."""
 
     def __enter__(self):
         self.requested = False
@@ -170,8 +169,7 @@ class StopSignals:
 
     def request(self, number, frame):
         self.requested = True
-        if world() == 1:
-            signal.signal(number, self.previous[number])
+        signal.signal(number, self.previous[number])
 
     def __exit__(self, *_):
         for number, handler in self.previous.items():

@@ -42,7 +42,8 @@ from constraints import (
 from dataset import by_length
 from model import IGNORE
 from records import read_records, read_stories, text_field
-from sample import encode_request as encode, generate_all as continue_all
+from sample import encode_request as encode
+from sample import generate_all as continue_all
 from study import features
 
 HANDWRITTEN = Path(__file__).parent / "data" / "eval_instructions.jsonl"

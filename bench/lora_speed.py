@@ -3,7 +3,6 @@
 Both take turns in one process, on the same random batch, so that what else the machine does hits them alike. A step is
 the loop's: forward, backward, clipping, AdamW, in bf16-mixed.
 """
-import argparse
 import statistics
 import sys
 import time
@@ -15,14 +14,13 @@ import torch  # noqa: E402
 from tqdm import trange  # noqa: E402
 
 import lora  # noqa: E402
-from common import positive  # noqa: E402
+from common import command_line, pick_device, positive  # noqa: E402
 from model import GPT, IGNORE, PRESETS  # noqa: E402
-from sample import pick_device  # noqa: E402
-from train_sft import backward  # noqa: E402
+from train_sft import adamw, backward, next_token_loss  # noqa: E402
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Time of a step: full fine-tuning against LoRA.")
+    parser = command_line("Time of a step: full fine-tuning against LoRA.")
     flag = parser.add_argument
     flag("--preset", choices=PRESETS, default="small", help="(default: %(default)s)")
     flag("--r", type=positive(int), nargs="+", default=[8, 64, 256], help="ranks, on all Linears (default: 8 64 256)")
@@ -38,11 +36,11 @@ def stepper(preset, r, batch, device):
     if r:
         lora.add(model, lora.TARGETS["all-linear"], r, 2 * r)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
+    optimizer = adamw(model, lr=1e-4)
     precision = torch.autocast(device.type, torch.bfloat16)
 
     def step():
-        backward(model, [batch], precision, device)
+        backward(model, [batch], next_token_loss, params, precision)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -72,4 +70,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    from bench.lora_speed import main
     main()

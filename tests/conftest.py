@@ -4,13 +4,13 @@ import os
 import random
 from pathlib import Path
 
-from study import features
 import pytest
 import torch
 
 from checkpoint import save_model
 from model import GPT, GPTConfig
 from pretrain import train_tokenizer
+from study import features
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -4,18 +4,19 @@ import shutil
 import subprocess
 import sys
 
-import average
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, STORIES, random_model, tiny_config
 from safetensors.torch import load_file, save_file
 
+import checkpoint
+import common
 import pretrain
 import sample
 import train_sft
-from checkpoint import load_model, save_model
-from data import books
+from checkpoint import load_model, save_model, save_tokenizer
+from data import books, builtin
 
 TINY = ["--vocab-size", "500", "--block-size", "128", "--batch-size", "2", "--device", "cpu"]
 
@@ -69,25 +70,28 @@ def test_a_large_vocabulary_gets_wider_token_files(tok, tmp_path, monkeypatch):
 # ---- train_sft.py without --init ----
 
 def test_without_init_the_base_that_ships_is_tuned(model_dir, tmp_path, monkeypatch, capsys, refused):
-    monkeypatch.setattr(train_sft, "BUILTIN_STORIES", 60)
+    monkeypatch.setattr(builtin, "STORIES", 60)
+    builtin.fine_tuning.cache_clear()
     monkeypatch.setattr(train_sft, "find_base", lambda: model_dir)
     for name in "ab":
         train_sft.main(["--max-steps", "2", "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / name)])
         assert f"base model: {model_dir}" in capsys.readouterr().out
     one, other = (tmp_path / name / "last/model.safetensors" for name in "ab")
     assert one.read_bytes() == other.read_bytes()  # same seed, same bytes
-    monkeypatch.setattr(train_sft, "find_base", lambda: None)
+    builtin.fine_tuning.cache_clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint, "WEIGHTS", "none")
     refused(train_sft.main, ["--out", tmp_path / "c"], "no base model", "--init")
 
 
 def test_pretrain_without_data_reads_the_built_in_books(tmp_path, monkeypatch, capsys):
-    for name, n in (("BUILTIN_TEXTS", 300), ("BUILTIN_EXERCISES", 30)):
-        monkeypatch.setattr(pretrain, name, n)
+    for name, n in (("BOOKS", 300), ("EXERCISES", 30)):
+        monkeypatch.setattr(builtin, name, n)
     pretrain.main(["--out", str(tmp_path / "base"), "--max-steps", "2", *TINY])
     model, tokenizer = load_model(tmp_path / "base")
     tokens = np.fromfile(tmp_path / "base" / "tokens" / "train.bin", np.uint16).tolist()
     assert tokenizer.decode(tokens[:tokens.index(tokenizer.eos_id)]) == next(
-        books.exercises(1, pretrain.BUILTIN_SEED))
+        books.exercises(1, builtin.SEEDS["pretraining"]))
     assert tokens.count(tokenizer.eos_id) == 330
 
 
@@ -108,19 +112,19 @@ def test_the_eight_cases_are_the_default(say):
     for text in ("汤姆和杰瑞是一对好朋友", "特点：转折\n", "摘要：一只小蚂蚁在花园里寻找吃的，最后找到了一个苹果。",
                  "随机句子：天空中飘着几朵白云。\n摘要"):
         assert text in out
-    assert say("--guidance-scale", "30") != out
 
 
 def test_cases_that_do_not_fit_are_told_so(tok, capsys):
-    sample.tell_cases(random_model(tiny_config(tok.vocab_size, block_size=24)), tok)
+    sample.print_cases(random_model(tiny_config(tok.vocab_size, block_size=24)), tok)
     assert "no room" in capsys.readouterr().out
 
 
 def test_bare_ckpt_takes_the_last_sft_run_else_the_base(model_dir, tmp_path, monkeypatch, capsys, refused):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "find_base", lambda: None)
-    refused(sample.main, ["--ckpt"], "no model yet")
-    monkeypatch.setattr(sample, "find_base", lambda: model_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "WEIGHTS", "none")
+        refused(sample.main, ["--ckpt"], "no base model", "--ckpt")
+    monkeypatch.setattr(checkpoint, "find_base", lambda: model_dir)
     sample.main(["--ckpt", "--prompt", "小猫", "--max-new-tokens", "3"])
     assert str(model_dir) in capsys.readouterr().err
     shutil.copytree(model_dir, tmp_path / "out" / "sft")
@@ -138,7 +142,6 @@ def test_instructions_and_prompts(say, model_dir):
     greedy = ["--prompt", "小猫在河边", "--temperature", "0"]
     assert say(*greedy) == say(*greedy, "--seed", "9") and say("--prompt", "小猫", "--temperature", "2") != say(
         "--prompt", "小猫", "--temperature", "2", "--seed", "9")
-    assert say(*greedy, "--guidance-scale", "30") != say(*greedy) == say(*greedy, "--guidance-scale", "1")
     model, tok = load_model(model_dir)
     ids = model.eval().generate([tok.encode("小猫在河边")], 12, temperature=0, eos_id=tok.eos_id)[0]
     assert "小猫在河边" + tok.decode(ids) in say(*greedy)  # streamed text == whole decode
@@ -177,7 +180,7 @@ def test_output_streams_through_a_pipe_in_utf8(model_dir):
 BAD_FLAGS = [
     (sample, ["--temperature", "-0.1"], "--temperature"), (sample, ["--temperature", "nan"], "--temperature"),
     (sample, ["--top-p", "0"], "--top-p"), (sample, ["--top-p", "1.5"], "--top-p"),
-    (sample, ["--top-k", "-1"], "--top-k"), (sample, ["--guidance-scale", "-1"], "--guidance-scale"),
+    (sample, ["--top-k", "-1"], "--top-k"),
     (sample, ["--max-new-tokens", "0"], "--max-new-tokens"), (sample, ["--out", "x.jsonl"], "--file"),
     (sample, ["--dtype", "fp8"], "--dtype"), (sample, ["--device", "abacus"], "--device"),
     (sample, ["--ckpt", "nowhere"], "nowhere"), (sample, ["--file", "nowhere.txt"], "nowhere.txt"),
@@ -231,6 +234,17 @@ def weights(edit):
     return change
 
 
+def shard_of(name):
+    """The weights at `name`, and an index that says so."""
+    def change(path):
+        if not name.startswith("/"):
+            shutil.copy(path / "model.safetensors", path / name)
+        (path / "model.safetensors").unlink()
+        index = {"weight_map": {"model.norm.weight": name}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return change
+
+
 @pytest.mark.parametrize("change, words", [
     (without("tokenizer.model"), ["tokenizer.model"]),
     (without("config.json"), ["config.json"]),
@@ -243,6 +257,9 @@ def weights(edit):
     (config(model_type="gpt2"), ["model_type", "gpt2"]),
     (config(attention_bias=True), ["attention_bias"]),
     (config(rope_parameters={"rope_type": "yarn"}), ["rope_parameters", "yarn"]),
+    (config(rope_scaling={"type": "linear", "factor": 2.0}), ["rope_scaling", "linear"]),
+    (shard_of("../outside.safetensors"), ["../outside.safetensors", "not the name of a file"]),
+    (shard_of("/etc/outside.safetensors"), ["/etc/outside.safetensors", "not the name of a file"]),
     (config(tie_word_embeddings=False), ["lm_head.weight", "missing"]),
     (lambda path: (path / "config.json").write_text("{"), ["config.json", "line 1"]),
     (lambda path: (path / "config.json").write_text("[1]"), ["config.json"]),
@@ -264,12 +281,20 @@ def test_a_broken_model_directory(change, words, model_dir, pairs_file, tmp_path
 def test_a_tokenizer_that_does_not_fit(model_dir, tok, tmp_path, refused):
     save_model(tmp_path / "other", random_model(tiny_config(tok.vocab_size)), tok)
     small = pretrain.train_tokenizer(STORIES, 300)
-    small.save(tmp_path / "other")
+    save_tokenizer(tmp_path / "other", small)
     model = random_model(tiny_config(1000))
     save_model(tmp_path / "padded", model, tok)  # up to 511 unused rows are padding
     assert load_model(tmp_path / "padded")[0].config.vocab_size == 1000
     save_model(tmp_path / "wide", random_model(tiny_config(1200)), tok)
     refused(sample.main, ["--ckpt", tmp_path / "wide"], "vocabulary of 1200")
+
+
+def test_the_rope_theta_in_rope_parameters_counts(model_dir, tmp_path):
+    """As transformers 5 reads it."""
+    both = config(rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": 3e4})
+    assert load_model(broken(model_dir, tmp_path / "both", both))[0].config.rope_base == 3e4
+    old = config(rope_theta=5e5, rope_scaling=None)
+    assert load_model(broken(model_dir, tmp_path / "old", old))[0].config.rope_base == 5e5
 
 
 def test_bad_rows_reach_the_user(model_dir, tmp_path, refused):
@@ -285,29 +310,6 @@ def test_bad_rows_reach_the_user(model_dir, tmp_path, refused):
     assert not (tmp_path / "run").exists()
 
 
-def test_average(tok, tmp_path, capsys, refused):
-    models = [random_model(tiny_config(tok.vocab_size), seed) for seed in range(3)]
-    models[2].bfloat16()
-    a, b, c = (tmp_path / name for name in "abc")
-    for path, model in zip((a, b, c), models):
-        save_model(path, model, tok)
-    average.main([str(a), str(b), str(c), "--out", str(tmp_path / "mean")])
-    assert "3 models" in capsys.readouterr().out
-    mean, _ = load_model(tmp_path / "mean")
-    for p, *others in zip(mean.parameters(), *(model.parameters() for model in models)):
-        assert p.dtype == torch.float32 and torch.allclose(p, sum(o.float() for o in others) / 3, atol=1e-6)
-
-    refused(average.main, [a, "--out", tmp_path / "one"], "two or more")
-    refused(average.main, [a, b, "--out", c], c, "already")
-    refused(average.main, [a, tmp_path / "none", "--out", tmp_path / "two"], "none", "config.json")
-    save_model(tmp_path / "wide", random_model(tiny_config(tok.vocab_size, n_layer=3)), tok)
-    refused(average.main, [a, tmp_path / "wide", "--out", tmp_path / "two"], "wide", "another model")
-    other = pretrain.train_tokenizer(STORIES[:20] * 8, tok.vocab_size)
-    save_model(tmp_path / "other", random_model(tiny_config(tok.vocab_size)), other)
-    refused(average.main, [a, tmp_path / "other", "--out", tmp_path / "two"], "other", "tokenizer")
-    assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
-
-
 def test_an_output_directory_that_holds_a_run_is_not_touched(model_dir, pairs_file, stories_file, tmp_path, refused):
     out = broken(model_dir, tmp_path / "run", lambda path: None)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -319,14 +321,14 @@ def test_an_output_directory_that_holds_a_run_is_not_touched(model_dir, pairs_fi
 
 def test_bf16_on_a_device_without_it_falls_back_with_a_notice(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert sample.pick_dtype("bf16-mixed", torch.device("cuda")) == "32-true"
+    assert common.pick_dtype("bf16-mixed", torch.device("cuda")) == "32-true"
     assert "bfloat16" in capsys.readouterr().err
     for there in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda there=there: there)
         for name in ("bf16-mixed", "bf16-true"):
-            assert sample.pick_dtype(name, torch.device("cpu")) == (name if there else "32-true")
+            assert common.pick_dtype(name, torch.device("cpu")) == (name if there else "32-true")
             assert bool(capsys.readouterr().err) != there
-        assert sample.pick_dtype(None, torch.device("cpu")) == "32-true" and not capsys.readouterr().err
+        assert common.pick_dtype(None, torch.device("cpu")) == "32-true" and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["model.py", "sample.py", "train_sft.py", "pretrain.py", "evaluate.py",

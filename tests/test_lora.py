@@ -236,6 +236,29 @@ def test_an_adapter_is_trained_and_resumed_bit_for_bit(model_dir, pairs_file, tm
     assert written["tie_word_embeddings"] == plain.config.tie_embeddings
 
 
+def test_what_an_adapter_is_cannot_change_when_it_is_resumed(model_dir, pairs_file, tmp_path, refused):
+    out = tmp_path / "run"
+    lora.main(settings(model_dir, pairs_file, out))
+    before = (out / "last" / lora.TENSORS).read_bytes()
+    for flag, value in (("--r", "16"), ("--alpha", "3"), ("--dropout", "0.5"), ("--scaling", "rslora"),
+                        ("--targets", "q_proj"), ("--init", tmp_path)):
+        refused(lora.main, ["--resume", "--out", out, "--max-steps", "14", flag, value], flag, value, "cannot change")
+    assert (out / "last" / lora.TENSORS).read_bytes() == before
+    lora.main(["--resume", "--out", str(out), "--max-steps", "14", "--r", "4", "--lr", "1e-3"])
+
+
+def test_a_merge_that_fails_leaves_nothing(model_dir, pairs_file, tmp_path, monkeypatch, refused):
+    out, merged = tmp_path / "run", tmp_path / "merged"
+    lora.main(settings(model_dir, pairs_file, out))
+    refused(lora.main, ["merge", out, "--init", model_dir, "--out", "/proc/merged"], "/proc/merged")
+    monkeypatch.setattr("checkpoint.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+    refused(lora.main, ["merge", out, "--init", model_dir, "--out", merged], "No space left")
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
+    monkeypatch.undo()
+    lora.main(["merge", str(out), "--init", str(model_dir), "--out", str(merged)])
+    assert load_model(merged)
+
+
 def test_only_the_adapter_is_optimized(model_dir, pairs_file, tmp_path):
     from checkpoint import find_last
     lora.main(settings(model_dir, pairs_file, tmp_path / "run", "--targets", "q_proj,v_proj"))

@@ -1,8 +1,11 @@
+from dataclasses import dataclass, fields
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_model, tiny_config
 
+import checkpoint
 import model as model_file
 from checkpoint import load_model, save_model, save_tokenizer
 from model import GPT, IGNORE, PRESETS, GPTConfig, sample_next
@@ -43,6 +46,22 @@ def test_logits_equal_transformers_both_ways(name, tok, tmp_path):
     assert back.config == ours.config
     with torch.no_grad():
         torch.testing.assert_close(back(idx), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("changes", [{"window": 64, "soft_cap": 30.0}, {}])
+def test_every_field_of_the_config_survives_also_one_that_adds_no_weight(changes, tok, tmp_path, monkeypatch):
+    @dataclass
+    class Forked(GPTConfig):
+        window: int = 0
+        soft_cap: float | None = None
+
+    different = {"block_size": 96, "n_layer": 1, "n_head": 4, "n_kv_head": 2, "head_size": 10, "n_embd": 24,
+                 "intermediate_size": 40, "rope_base": 5e4, "norm_eps": 1e-4, "tie_embeddings": False}
+    assert different.keys() | {"vocab_size"} == {field.name for field in fields(GPTConfig)}
+    config = Forked(vocab_size=tok.vocab_size, **different, **changes)
+    monkeypatch.setattr(checkpoint, "GPTConfig", Forked)
+    save_model(tmp_path, random_model(config), tok)
+    assert load_model(tmp_path)[0].config == config
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)

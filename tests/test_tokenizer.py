@@ -100,6 +100,45 @@ def test_another_tokenizer_model_loads_and_keeps_its_files(tmp_path):
     assert tokenizers.load(path / "tokenizer.model").vocab_size == tok.vocab_size
 
 
+def test_what_does_not_come_back_is_said(tok, tmp_path, capsys):
+    def trained(texts, **options):
+        with open(tmp_path / "tokenizer.model", "wb") as f:
+            sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=f, vocab_size=110,
+                                                     hard_vocab_limit=False, minloglevel=2, **options)
+        capsys.readouterr()
+        tokenizers.load(tmp_path)
+        return capsys.readouterr().err
+
+    said = trained(STORIES)  # NFKC makes ASCII of ，：, and a newline is a space
+    assert str(tmp_path / "tokenizer.model") in said and all(c in said for c in (r"'\n'", "'，'", "'：'"))
+    assert "“" not in said
+    assert "'“'" in trained([t.replace("“", "") for t in STORIES], normalization_rule_name="identity")
+    save_tokenizer(tmp_path, tok)
+    tokenizers.load(tmp_path)
+    assert not capsys.readouterr().err
+
+
+def test_a_base_that_adds_tokens_is_written_as_it_is_trained_here(tok, tmp_path):
+    """add_bos_token in tokenizer_config.json, and the same in tokenizer.json: what we write adds nothing."""
+    transformers = pytest.importorskip("transformers")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    save_tokenizer(theirs, tok)
+    settings = json.loads((theirs / "tokenizer_config.json").read_text())
+    (theirs / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True, "mine": 1}))
+    fast = json.loads((theirs / "tokenizer.json").read_text())
+    fast["post_processor"] = {
+        "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+    (theirs / "tokenizer.json").write_text(json.dumps(fast))
+    assert transformers.AutoTokenizer.from_pretrained(theirs)("小猫")["input_ids"][0] == 1
+    save_tokenizer(tmp_path, tokenizers.load(theirs))
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert not written["add_bos_token"] and not written["add_eos_token"] and written["mine"] == 1
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("小猫")["input_ids"] == tok.encode("小猫")
+
+
 @pytest.mark.parametrize("with_json", [True, False])
 def test_autotokenizer_gives_the_same_ids(tok, tmp_path, with_json):
     transformers = pytest.importorskip("transformers")

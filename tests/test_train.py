@@ -1,6 +1,7 @@
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -10,8 +11,8 @@ from conftest import ROOT, STORIES, random_model, tiny_config
 from safetensors.torch import load_file
 
 import train_sft
-from checkpoint import WEIGHTS, load_last, load_model
-from dataset import PairBatches, collate, encode_pairs
+from checkpoint import WEIGHTS, load_last, load_model, save_model
+from dataset import PairBatches, collate, encode_pair, encode_pairs
 from train_sft import backward, get_lr, next_token_loss
 
 
@@ -215,8 +216,10 @@ def test_resume_refuses_other_data(straight, tmp_path, pairs, refused):
     refused(train_sft.main, ["--out", straight[0], "--resume", "--data", other], "--resume", "data")
 
 
-def test_a_finished_run_can_go_on(straight, tmp_path):
+def test_a_finished_run_can_go_on(straight, tmp_path, refused):
     import shutil
+    refused(train_sft.main, ["--out", straight[0], "--resume"], "has made 20 steps already, of 20", "--max-steps")
+    refused(train_sft.main, ["--out", straight[0], "--resume", "--max-steps", "12"], "20 steps already, of 12")
     shutil.copytree(straight[0], tmp_path / "run")
     train_sft.main(["--out", str(tmp_path / "run"), "--resume", "--max-steps", "24"])
     assert [r["step"] for r in logged(tmp_path / "run") if "loss" in r] == list(range(1, 25))
@@ -271,3 +274,90 @@ def test_steps_follow_from_epochs(model_dir, pairs_file, tmp_path):
     rows = len(open(pairs_file, encoding="utf-8").readlines())
     n = max(r["step"] for r in logged(tmp_path / "run"))
     assert math.ceil(1.5 * (rows * 0.8) / 8) <= n <= math.ceil(1.5 * rows / 8) + 1
+
+
+def test_a_flag_given_to_resume_counts_or_is_refused(straight, model_dir, tmp_path, refused):
+    import shutil
+    out = tmp_path / "run"
+    shutil.copytree(straight[0], out)
+    refused(train_sft.main, ["--out", out, "--resume", "--init", tmp_path, "--max-steps", "24"], "--init",
+            "cannot change", model_dir)
+    train_sft.main(["--out", str(out), "--resume", "--max-steps", "24", "--weight-decay", "5", "--beta1", "0",
+                    "--beta2", "0.5", "--init", str(model_dir)])  # the run's own --init is no change
+    group = load_last(out)[2]["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 5 and tuple(group["betas"]) == (0, 0.5)
+    plain = tmp_path / "plain"
+    shutil.copytree(straight[0], plain)
+    train_sft.main(["--out", str(plain), "--resume", "--max-steps", "24"])
+    assert (plain / "last" / WEIGHTS).read_bytes() != (out / "last" / WEIGHTS).read_bytes()
+
+    # --epochs now beats the --max-steps of the run: 57 rows, 8 a step
+    per_epoch = math.ceil(57 / 8)
+    train_sft.main(["--out", str(out), "--resume", "--epochs", "4"])
+    last = max(row["step"] for row in map(json.loads, open(out / "log.jsonl")))
+    assert last == 4 * per_epoch > 24
+
+
+def test_files_have_the_mode_that_the_umask_says(straight):
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in straight[0].iterdir() if path.is_file()}
+    assert WEIGHTS in modes and set(modes.values()) == {0o666 & ~umask}
+
+
+def test_what_cannot_be_written_is_one_line(straight, model_dir, pairs_file, tmp_path, monkeypatch, refused, capsys):
+    refused(train_sft.main, settings(model_dir, pairs_file, "/proc/run"), "cannot write to /proc/run")
+    import errno
+    saved = []
+
+    def full(directory, *rest):
+        saved.append(directory)
+        if len(saved) == 6:  # last/ at step 0, 10 and the best models between
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_model(directory, *rest)
+    monkeypatch.setattr(train_sft, "save_model", full)
+    refused_argv = list(map(str, settings(model_dir, pairs_file, tmp_path / "run")))
+    with pytest.raises(SystemExit) as e:
+        train_sft.main(refused_argv)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code == 2 and "No space left" in said and "last good save" in said and "after step" in said
+    monkeypatch.setattr(train_sft, "save_model", save_model)
+    train_sft.main(["--out", str(tmp_path / "run"), "--resume"])  # nothing half made is in the way
+    for file in ("last/model.safetensors", "model.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (straight[0] / file).read_bytes()
+
+
+def test_a_dollar_in_the_name_of_a_run_is_no_formula(straight, tmp_path):
+    import shutil
+
+    import figures
+    out = tmp_path / "a $x_{$ b"
+    out.mkdir()
+    shutil.copy(straight[0] / "log.jsonl", out)
+    figures.run_curves(out)
+    assert (out / "loss.png").stat().st_size > 5000
+
+
+def test_another_loss_is_another_function(model_dir, tok, tmp_path):
+    """Direct preference optimization (Rafailov et al., arXiv 2305.18290) on the same loop: its batches are what it
+    likes, here pairs (chosen, rejected) of (x, y), and the terms of its mean are pairs."""
+    model, frozen = load_model(model_dir)[0], load_model(model_dir)[0].eval()
+    prompt = "词汇：铲子"
+    rows = [[encode_pair(tok, prompt, text, 128)] for text in ("小猫捡到铲子。", "小狗在树下等了很久。")]
+    data = [tuple(map(collate, rows))]
+
+    def log_ratio(model, batch):  # of the stories' probabilities, one row a batch
+        return frozen(*batch).detach() - model(*batch)
+
+    def dpo_loss(model, pairs):
+        margins = [log_ratio(model, chosen) - log_ratio(model, rejected) for chosen, rejected in pairs]
+        return -torch.nn.functional.logsigmoid(0.5 * torch.stack(margins)).sum(), len(pairs)
+
+    best = train_sft.train(model, lambda step: [data], [data], tmp_path / "dpo",
+                           lambda directory: save_model(directory, model, tok), steps=20, lr=1e-3, loss_fn=dpo_loss)
+    chosen, rejected = (log_ratio(model, batch).item() for batch in data[0])
+    assert best < 0.3 < math.log(2) and chosen > 0.5 > -0.5 > rejected
+    rows = logged(tmp_path / "dpo")
+    assert rows[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    trained, _ = load_model(tmp_path / "dpo")
+    assert not torch.equal(trained.lm_head.weight, frozen.lm_head.weight)
