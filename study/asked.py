@@ -15,9 +15,9 @@ import numpy as np  # noqa: E402
 
 from checkpoint import load_model  # noqa: E402
 from common import command_line, fail  # noqa: E402
-from constraints import KEYS, SENTENCE, WORDS, render  # noqa: E402
+from constraints import KEYS, SENTENCE, WORDS, check, render  # noqa: E402
 from dataset import encode_prompt  # noqa: E402
-from evaluate import add_rivals, interval, read_rows, verdicts, write_stories  # noqa: E402
+from evaluate import add_rivals, interval, read_rows, write_stories  # noqa: E402
 from study.copying import piece_losses  # noqa: E402
 
 SAMPLING = {"temperature": 0.2, "top_p": 0.9, "top_k": 30, "max_new_tokens": 400}  # evaluate.py's
@@ -26,7 +26,7 @@ SEED = 1337
 
 def share_met(row, key, story):
     """The share of its words, or of its features that a rule can tell, that the story meets; None where no rule can."""
-    verdict = verdicts(row, story)[key]
+    verdict = check(story, {key: row["constraints"][key]}, row["rivals"])[key]
     known = [ok for ok in (verdict.values() if isinstance(verdict, dict) else [verdict]) if ok is not None]
     return float(np.mean(known)) if known else None
 

@@ -21,11 +21,11 @@ from checkpoint import find_base, load_model  # noqa: E402
 from common import command_line, fail, new_directory, write_json  # noqa: E402
 from constraints import SENTENCE, WORDS  # noqa: E402
 from data import builtin, generate  # noqa: E402
-from evaluate import add_rivals  # noqa: E402
+from evaluate import add_rivals, held_out_rows  # noqa: E402
 from figures import save, subplots  # noqa: E402
 from study.asked import SEED, measure  # noqa: E402
 from study.card import copying  # noqa: E402
-from study.runs import Lab, steps_made, test_rows, train_in  # noqa: E402
+from study.runs import Lab, steps_made, train_in  # noqa: E402
 
 STEP = 4 * 512  # tokens of a step of pretraining
 STAGES = (977, 2441, 4883, 9766)  # steps
@@ -62,7 +62,7 @@ def fine_tuning_data(out):
 @functools.cache
 def judged():
     """Instructions of held-out word pairs with two constraints and more, as study/asked.py takes them."""
-    rows = [row for row in test_rows(JUDGED) if len(row["constraints"]) > 1]
+    rows = [row for row in held_out_rows(JUDGED) if len(row["constraints"]) > 1]
     add_rivals(rows, SEED)
     return rows
 
@@ -86,7 +86,8 @@ def draw(measured, path):
     at = [row["tokens"] / 1e6 for row in measured]
     for key, name, color in ((WORDS, "word", "tab:blue"), (SENTENCE, "sentence", "tab:orange")):
         for side, style in (("with", "o-"), ("without", "o:")):
-            left.plot(at, [100 * row[key][side] for row in measured], style, color=color, label=f"{name}, {side} its line")
+            left.plot(at, [100 * row[key][side] for row in measured], style, color=color,
+                      label=f"{name}, {side} its line")
         right.plot(at, [row[key]["nats"][1] - row[key]["nats"][0] for row in measured], "o-", color=color,
                    label=f"{name}, after fine-tuning, by its line")
     right.plot(at, [row["base"]["first"] - row["base"]["again"] for row in measured], "o-", color="tab:gray",

@@ -24,13 +24,14 @@ from common import pick_device, write_json, write_jsonl
 from constraints import parse
 from data import builtin
 from dataset import by_length, encode_pairs, mean_loss
-from evaluate import evaluate
+from evaluate import evaluate, held_out_rows
 from sample import CASES, encode_request
 from study import features, memorisation
 from study.average import interpolate
 
 EMA_HORIZON = 0.1  # of the steps of a run
-JUDGED = builtin.INSTRUCTIONS
+JUDGED = builtin.INSTRUCTIONS  # that every model is judged by
+STORY_TOKENS = 400             # of a test case's story
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,6 @@ PROGRAMS = {"train_sft.py": train_sft.main, "lora.py": lora.main, "pretrain.py":
 
 def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def test_rows(n):
-    """Instructions that no model was trained on, as evaluate.py takes them, with the story."""
-    return [{"constraints": r["constraints"], "story": r["output"]} for r in builtin.held_out_instructions(n)]
 
 
 def steps_made(out):
@@ -288,8 +284,7 @@ class Lab:
                     if (constraints := parse(instruction)[0])][:JUDGED]
             plain, known = [story for _, story in validation[:JUDGED]], [story for _, story in training]
         else:
-            rows = test_rows(JUDGED)
-            plain = builtin.plain_stories()
+            rows, plain = held_out_rows(JUDGED), builtin.plain_stories()
             known = [*(r["output"] for r in builtin.fine_tuning()), *builtin.replayed()]
         return rows, plain, {"detect": features.detector(), "measure": memorisation.measure(known)}
 
@@ -307,12 +302,12 @@ class Lab:
             rows = encode_pairs(tokenizer, self.pairs[1], model.config.block_size, "validation")
         return mean_loss(model, by_length(rows, 16))
 
-    def story(self, model, tokenizer, kind, text, sampling, max_new_tokens=400):
+    def story(self, model, tokenizer, kind, text, sampling):
         try:
             ids = encode_request(tokenizer, kind, text, model.config.block_size)
         except ValueError as e:  # a model of a very short context
             return f"({e})"
-        [story] = model.generate([ids], max_new_tokens, eos_id=tokenizer.eos_id, seed=1337, **sampling)
+        [story] = model.generate([ids], STORY_TOKENS, eos_id=tokenizer.eos_id, seed=1337, **sampling)
         return tokenizer.decode(story)
 
     def file(self, name, make):

@@ -32,7 +32,6 @@ def describe(run, tokenizer):
     steps = json.loads((run / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
     read = steps * settings["batch_size"] * settings["grad_accum"] * settings["block_size"]  # tokens
     seed = SEEDS["pretraining"]
-    held_out = [r["text"] for r in generate.stories(builtin.INSTRUCTIONS, SEEDS["instructions"], held_out=True)]
     return {
         "version": generate.VERSION, "texts": builtin.BOOKS, "exercises": builtin.EXERCISES, "seed": seed,
         "tokens": len(tokens), "epochs": round(read / len(tokens), 2),
@@ -40,7 +39,7 @@ def describe(run, tokenizer):
         "sha256_of_token_file": hashlib.sha256(file.read_bytes()).hexdigest(),
         "sha256_of_first_1000_texts": sha256(books.texts(1000, seed)),
         "sha256_of_first_1000_exercises": sha256(books.exercises(1000, seed)),
-        "sha256_of_heldout_stories": sha256(held_out),
+        "sha256_of_heldout_stories": sha256(r["output"] for r in builtin.held_out_instructions()),
     }
 
 

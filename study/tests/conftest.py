@@ -19,5 +19,5 @@ from tests.conftest import (  # noqa: F401
 @pytest.fixture(autouse=True, scope="session")
 def small_classifier():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "STORIES", 1500)
+        patch.setattr(features, "STORIES", 1000)
         yield

@@ -19,9 +19,17 @@ from study import reproduce, runs
 METHODS = {"full fine-tuning": None, "LoRA r=8, q+v": (8, "q_proj,v_proj"), "LoRA r=64, all-linear": (64, "all-linear")}
 
 
+@pytest.fixture(autouse=True)
+def few_stories(monkeypatch):
+    for module in (train_sft, sample):
+        monkeypatch.setattr(module, "print_cases", lambda *_: None)
+    monkeypatch.setattr(train_sft.figures, "run_curves", lambda out: None)
+    monkeypatch.setattr(runs, "STORY_TOKENS", 10)
+
+
 @pytest.fixture
 def toy(model_dir, pairs, tmp_path, monkeypatch):
-    """-> argv of reproduce.py for a model of 2 layers and 20 steps of 2 rows."""
+    """-> argv of reproduce.py for a model of 2 layers and 10 steps."""
     data = tmp_path / "data"
     data.mkdir()
     rows = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
@@ -34,14 +42,11 @@ def toy(model_dir, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "SIZES", (8, 16))
     monkeypatch.setattr(reproduce, "STUDY_RANKS", (8, 32))
     monkeypatch.setattr(reproduce, "LEAKY_STORIES", 16)
-    monkeypatch.setattr(train_sft.figures, "run_curves", lambda out: None)
-    for module in (train_sft, sample):
-        monkeypatch.setattr(module, "print_cases", lambda *_: None)
     monkeypatch.setattr(reproduce, "METHODS", {name: METHODS[name] for name in list(METHODS)[:2]})
     monkeypatch.setattr(reproduce, "FULL_LRS", (1e-3, 1e-2))
     monkeypatch.setattr(reproduce, "LORA_LRS", (1e-2,))
     monkeypatch.setattr(reproduce, "WIDENED", 0)
-    return ["--init", str(model_dir), "--data", str(data), "--out", str(tmp_path / "out"), "--steps", "20"]
+    return ["--init", str(model_dir), "--data", str(data), "--out", str(tmp_path / "out"), "--steps", "10"]
 
 
 def table_of(out):
@@ -90,7 +95,7 @@ def test_all_experiments_and_a_finding_that_does_not_hold(toy, tmp_path, capsys)
     assert judged["gen_nll"] and judged["lcs"] and judged["floor"] is None and len(judged["cases"]) == 8
 
     # nothing is run twice, and other numbers give another verdict
-    lab = runs.Lab(toy[1], toy[3], out, 20)
+    lab = runs.Lab(toy[1], toy[3], out, 10)
     for name, values in (("run 1", (1.0, 1.01, 1.02)), ("run 2", (1.1, 1.12, 1.12))):
         for seed, value in zip(reproduce.SEEDS, values):
             path = lab.directory(reproduce.study_run(lab, name, seed)) / "done.json"
