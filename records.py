@@ -1,32 +1,35 @@
 """Records: reading JSONL and JSON files row by row, and the side of the split on which a story falls.
 
-An instruction record is {"instruction": …, "input": …, "output": …} (Alpaca), a story record {"text": …}. Files are
-read in pieces, so that their size does not matter. Every error names the file and the row. Nothing here needs PyTorch.
+An instruction record is {"instruction": …, "input": …, "output": …} (Alpaca), a story record {"text": …}. A field that
+is null is one that is not there. Every error names the file and the row. Nothing here needs PyTorch.
 """
 import codecs
 import hashlib
 import json
 import re
-from itertools import groupby
+from itertools import chain, groupby
 
 import numpy as np
 
-from constraints import fold
+from constraints import fold, parse_record
 
 BOM = codecs.BOM_UTF8
-UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
-HEAD = 1 << 16        # bytes that tell what kind of file it is
-PIECE = 1 << 20       # bytes read at once
-LONGEST = 16 << 20    # bytes of one row; a file that is no JSONL must not end up in memory as one
 SURROGATE = re.compile("[\ud800-\udfff]")
+FIELDS = {"instruction", "input", "output", "text", "story", "story_zh", "constraints", "words", "features", "sentence",
+          "summary"}
+OTHER_FORMATS = {"gzip-compressed": rb"\x1f\x8b", "a zip file (as .xlsx is)": rb"PK\x03\x04",
+                 "a CSV file": rb'"?\w+"?([,;\t]"?\w+"?)+\s*$'}  # by its first line
+# null is absence, and so is the NaN that pandas writes for it
+DECODER = json.JSONDecoder(parse_constant=lambda name: None,
+                           object_hook=lambda fields: {key: v for key, v in fields.items() if v is not None})
 
 
 # ---- rows ----
 
 class RowError(ValueError):
-    """A row that cannot be read. `raw` is what stands there, as far as it is known."""
+    """A row that cannot be read. `raw` is its text, as far as it can be decoded."""
 
-    def __init__(self, message, raw=""):
+    def __init__(self, message, raw):
         super().__init__(message)
         self.raw = raw
 
@@ -34,152 +37,68 @@ class RowError(ValueError):
 def scan(path):
     """Yield (row number, record or RowError) of a JSONL file, a JSON list, or a JSON object of {id: record}.
 
-    Rows count from 1; in JSONL they are lines. Reading goes on behind a row that cannot be read.
+    Rows count from 1; in JSONL they are lines, read one by one, and reading goes on behind one that is broken. A list
+    or an object is read as a whole, and raises a ValueError if it is broken.
     """
     with open(path, "rb") as f:
         yield from scan_stream(f, path)
 
 
 def scan_stream(f, name):
-    """The same for a binary stream, of which messages speak as `name`."""
-    head = f.read(HEAD)
-    if head.startswith(UTF16):
-        raise ValueError(f"{name}: not UTF-8 (byte 0 of the file) but UTF-16; iconv -f utf-16 -t utf-8 converts it")
-    start = head.removeprefix(BOM).lstrip()
-    if start[:1] == b"[":
-        return _elements(f, name, head, "[")
-    return (_elements(f, name, head, "{") if _is_one_object(start) else _lines(f, name, head))
+    """The same for a binary stream, which error messages call `name`."""
+    head, filled = [], []
+    while len(filled) < 2 and (line := f.readline()):
+        head.append(line)
+        if stripped := line.removeprefix(BOM).strip():
+            filled.append(stripped)
+    first, second = (*filled, b"", b"")[:2]
+    refuse_other_formats(name, first)
+    if first.startswith(b"[") or (first.startswith(b"{") and (
+            not second or not (first.endswith(b"}") or second.startswith(b"{")))):  # an object over several lines
+        yield from enumerate(_whole(name, b"".join(head) + f.read()), 1)
+        return
+    for row, line in enumerate(chain(head, f), 1):
+        if line.removeprefix(BOM).strip():
+            try:
+                yield row, _decode(line)
+            except ValueError as e:
+                yield row, RowError(f"{name}: row {row} {e}", line.decode("utf-8", "replace"))
 
 
-FIELDS = ("instruction", "input", "output", "text", "story", "story_zh", "constraints", "words", "features", "sentence",
-          "summary")
-FIRST_KEY = re.compile(rb'\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*["{]')
+def refuse_other_formats(name, first_line):
+    """Raise a ValueError for what is often given in place of JSON."""
+    for kind, pattern in OTHER_FORMATS.items():
+        if re.match(pattern, first_line) or (kind == "a CSV file" and str(name).lower().endswith(".csv")):
+            raise ValueError(f"{name} is {kind}; JSONL or a JSON list is wanted")
 
 
-def _is_one_object(start):
-    """Is this {"17": "特点：…", …}, whose keys are names of records, rather than a record to begin with?"""
-    first, _, second = start.partition(b"\n")
+def _decode(data):
+    """bytes -> the JSON value. Raises a ValueError that says what it "is not"."""
     try:
-        record = json.loads(first)
-        return (isinstance(record, dict) and not set(record) & set(FIELDS)
-                and all(isinstance(value, (str, dict)) for value in record.values()))
-    except (ValueError, RecursionError):
-        key = FIRST_KEY.match(start)
+        return DECODER.decode(data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+    except (ValueError, RecursionError) as e:
+        problem = str(e).replace("Extra data", "something follows the end of the list or object")
+        raise ValueError(f"is not JSON ({problem})") from None
+
+
+def _whole(name, data):
+    """One JSON list or object -> a list of records."""
     try:
-        return bool(key) and key[1].decode() not in FIELDS and not json.loads(second.partition(b"\n")[0])
-    except (ValueError, RecursionError):
-        return True  # no JSONL with a broken first row either
-
-
-def _lines(f, name, head):
-    offset, row, rest, skipping = 0, 0, head, False
-    while rest:
-        *lines, rest = rest.split(b"\n")
-        more = f.read(PIECE)
-        if not more:
-            lines.append(rest)
-        for line in lines:
-            row += 1
-            if skipping:
-                yield row, RowError(f"{name}: row {row} is longer than {LONGEST >> 20} MB")
-            elif line.strip(b" \t\r" + BOM):
-                yield row, _decoded(name, line, offset, row)
-            offset += len(line) + 1
-            skipping = False
-        if not more:
-            return
-        if skipping or len(rest) > LONGEST:
-            offset, rest, skipping = offset + len(rest), b"", True
-        rest += more
-
-
-def _decoded(name, line, offset, row):
-    try:
-        return json.loads(line.decode("utf-8-sig"))  # -sig: a byte order mark, if there is one, is no part of it
-    except UnicodeDecodeError as e:
-        return RowError(not_utf8(f"{name}: row {row}", line, offset + e.start), line.decode("utf-8", "replace"))
-    except RecursionError:
-        return RowError(f"{name}: row {row} is nested too deeply", line.decode("utf-8"))
-    except ValueError as e:  # also for a number of thousands of digits
-        at = f" at column {e.colno}" if isinstance(e, json.JSONDecodeError) else ""
-        return RowError(f"{name}: row {row} is not JSON ({getattr(e, 'msg', e)}{at})", line.decode("utf-8"))
-
-
-def not_utf8(what, data, offset):
-    """The message for bytes that are no UTF-8: where, and what they may be instead."""
-    for encoding in ("gb18030", "big5"):
-        try:
-            data.decode(encoding)
-            return (f"{what} is not UTF-8 (byte {offset} of the file); it may be {encoding}, "
-                    f"which iconv -f {encoding} -t utf-8 converts")
-        except UnicodeDecodeError:
-            pass
-    return f"{what} is not UTF-8 (byte {offset} of the file)"
-
-
-# where reading goes on behind an element that is broken
-NEXT = {"[": re.compile(r"[,\n]\s*(?=\{\s*\"(?:" + "|".join(FIELDS) + r')")'),
-        "{": re.compile(r'[,\n]\s*(?="(?:[^"\\\n]|\\.)*"\s*:\s*["{])')}
-BETWEEN = re.compile(r"[\s,]*")
-COLON = re.compile(r"\s*:\s*")
-
-
-def _elements(f, name, head, opening):
-    """The elements of a list, or the values of an object. Only the element at hand is in memory as text."""
-    # bytes that are no UTF-8 become lone surrogates, which no UTF-8 file has, so that the rows around them can be read
-    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
-    decode_json = json.JSONDecoder().raw_decode
-    closing = {"[": "]", "{": "}"}[opening]
-    text, at, done = decode(head.removeprefix(BOM)), 0, False
-    before = len(head) - len(head.removeprefix(BOM))  # bytes in front of `text`
-
-    def read():
-        nonlocal text, at, done, before
-        before += len(text[:at].encode("utf-8", "surrogateescape"))
-        size = max(PIECE, len(text) - at)  # twice as much each time, for an element that does not end
-        data = f.read(size)
-        text, at, done = text[at:] + decode(data, final=not data), 0, not data
-
-    row, at = 0, text.index(opening) + 1
-    while True:
-        at = BETWEEN.match(text, at).end()
-        if at == len(text):
-            if done:
-                yield row + 1, RowError(f"{name}: row {row + 1} is not JSON ({opening} is never closed)")
-                return
-            read()
-            continue
-        if text[at] == closing:
-            if opening == "{" and (again := re.compile(r"\s*\{").match(text, at + 1)):
-                at = again.end()  # one object behind the other
-                continue
-            return
-        try:
-            begin = at
-            if opening == "{":
-                _, begin = decode_json(text, at)
-                begin = COLON.match(text, begin).end()  # AttributeError without one
-            value, end = decode_json(text, begin)
-            if end == len(text) and not done:
-                raise ValueError("perhaps there is more of it")
-        except (ValueError, AttributeError, RecursionError) as e:
-            if not done and len(text) - at < LONGEST:
-                read()
-                continue
-            row += 1
-            going_on = NEXT[opening].search(text, at + 1)
-            end = going_on.end() if going_on else len(text)
-            yield row, RowError(f"{name}: row {row} is not JSON ({getattr(e, 'msg', e)})", text[at:end])
-            at = end
-            continue
-        row += 1
-        raw = text[at:end]
-        if spoilt := SURROGATE.search(raw):
-            data = raw.encode("utf-8", "surrogateescape")
-            offset = before + len(text[:at + spoilt.start()].encode("utf-8", "surrogateescape"))
-            value = RowError(not_utf8(f"{name}: row {row}", data, offset), data.decode("utf-8", "replace"))
-        yield row, value
-        at = end
+        value = _decode(data)
+    except ValueError as e:
+        raise ValueError(f"{name} {e}") from None
+    if isinstance(value, list):
+        return value
+    values = list(value.values())
+    if not value.keys() & FIELDS:
+        if any(isinstance(v, list) and all(isinstance(row, dict) for row in v) for v in values):
+            raise ValueError(f"{name} is an object around a list; a list of records is wanted, or JSONL")
+        if all(isinstance(v, dict) for v in values) or (  # or is it a translation cache {"17": "特点：…\n故事：…", …}?
+                all(isinstance(v, str) for v in values) and any(parse_record(v)[2] for v in values)):
+            return values
+    return [value]
 
 
 def read_records(path):
@@ -194,10 +113,12 @@ def text_field(path, row, record, names, required=True):
     """The first of the fields `names` that the record has, stripped. Raises ValueError naming file and row."""
     if not isinstance(record, dict):
         raise ValueError(f"{path}: row {row} is {type(record).__name__}, not an object")
-    name = next((n for n in names if n in record), None)
-    if name is None and required:
-        raise ValueError(f"{path}: row {row} has no {names[0]!r}")
-    value = record[name] if name else ""
+    name = next((name for name in names if record.get(name) is not None), None)
+    if name is None:
+        if required:
+            raise ValueError(f"{path}: row {row} has no {names[0]!r}")
+        return ""
+    value = record[name]
     if not isinstance(value, str):
         raise ValueError(f"{path}: row {row}: {name!r} is {type(value).__name__}, not a string")
     if required and not value.strip():
@@ -207,13 +128,18 @@ def text_field(path, row, record, names, required=True):
     return value.strip()
 
 
+def instruction_of(path, row, record, required=True):
+    """`instruction`, a newline and `input`; one of them may be missing, and both if not `required`."""
+    parts = [text_field(path, row, record, [name], required=False) for name in ("instruction", "input")]
+    if required and not any(parts):
+        text_field(path, row, record, ["instruction", "input"])  # raises
+    return "\n".join(filter(None, parts))
+
+
 def read_instructions(path):
-    """-> list of (instruction, output); the instruction is `instruction`, a newline and `input`, if there is one."""
-    pairs = []
-    for row, record in read_records(path):
-        output = text_field(path, row, record, ["output"])
-        parts = [text_field(path, row, record, [name], required=False) for name in ("instruction", "input")]
-        pairs.append(("\n".join(filter(None, parts)), output))
+    """-> list of (instruction, output), as instruction_of joins it."""
+    pairs = [(instruction_of(path, row, record), text_field(path, row, record, ["output"]))
+             for row, record in read_records(path)]
     if not pairs:
         raise ValueError(f"{path}: no rows")
     return pairs

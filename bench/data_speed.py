@@ -3,7 +3,6 @@
 Makes its files (about 2.5 GB) in a temporary folder, runs the commands as a user would, and prints a table. Give it an
 idle machine; it takes about ten minutes, most of them for making the stories.
 """
-import argparse
 import json
 import random
 import subprocess
@@ -17,8 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import command_line, positive, write_jsonl  # noqa: E402
 from constraints import KEYS, render  # noqa: E402
-from data.generate import stories, write_jsonl  # noqa: E402
+from data.generate import stories  # noqa: E402
 
 ENGLISH = {"词汇": "Words", "特点": "Features", "摘要": "Summary", "随机句子": "Random sentence"}
 
@@ -83,9 +83,10 @@ def write_instruct(path, records, size):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Speed and memory of augment.py and data/prepare.py.")
-    parser.add_argument("--stories", type=int, default=100_000, help="(default: %(default)s)")
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="of the text file (default: %(default)s)")
+    parser = command_line("Speed and memory of augment.py and data/prepare.py.")
+    parser.add_argument("--stories", type=positive(int), default=100_000, help="(default: %(default)s)")
+    parser.add_argument("--gigabytes", type=positive(float), default=1.0,
+                        help="of the text file (default: %(default)s)")
     args = parser.parse_args(argv)
     rng = random.Random(0)
     print("| what | result | seconds | memory |\n|---|---|---|---|")
@@ -97,10 +98,10 @@ def main(argv=None):
         folder = Path(folder)
         records = list(stories(args.stories, 5))
 
-        write_jsonl(studys_rows(records[:13_000], rng), folder / "rows.jsonl")
+        write_jsonl(folder / "rows.jsonl", studys_rows(records[:13_000], rng))
         used = measure("augment.py", folder / "rows.jsonl", "--out", folder / "rows", "--exact", "--val-fraction", "0")
         after = json.loads((folder / "rows" / "report.json").read_text(encoding="utf-8"))["rows"]["after"]
-        tell("augment.py, 13,000 records, all orders, one process", f"{after:,} rows", *used)
+        tell("augment.py, 13,000 records, all orders", f"{after:,} rows", *used)
 
         write_instruct(folder / "instruct.txt", records, args.gigabytes * 1e9)
         size = (folder / "instruct.txt").stat().st_size
@@ -108,7 +109,7 @@ def main(argv=None):
         tell(f"augment.py, {size / 1e9:.2f} GB of TinyStories-Instruct text", f"{size / 1e6 / used[0]:.1f} MB/s", *used)
         (folder / "instruct.txt").unlink()
 
-        write_jsonl(({"text": record["text"]} for record in records), folder / "plain.jsonl")
+        write_jsonl(folder / "plain.jsonl", ({"text": record["text"]} for record in records))
         plain = (folder / "plain.jsonl", "--extract", "sentence", "--permute", "1", "--overwrite", "--out")
         exact = measure("augment.py", *plain, folder / "plain", "--exact")
         near = measure("augment.py", *plain, folder / "plain")

@@ -8,7 +8,6 @@ So a text here may have a title, a list of its new words and a one-sentence rete
 the same characters and things. There are no instructions in them: those are left to fine-tuning. The authored stories
 come in between. Exercises are texts in which nothing but copying pays: a line, and the same line again.
 """
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 import constraints  # noqa: E402
+from common import check_writable, command_line, fail, positive, write_jsonl  # noqa: E402
 from data import generate  # noqa: E402
 
 TITLE, NEW_WORDS, RETOLD, SECOND = 0.5, 0.4, 0.6, 0.5  # probabilities; RETOLD: of a story with a list of new words
@@ -93,19 +93,19 @@ def exercises(n, seed):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Write the texts that the base model is pretrained on.")
-    parser.add_argument("--n", type=int, default=10_000, help="number of texts (default: %(default)s)")
+    parser = command_line("Write the texts that the base model is pretrained on.")
+    parser.add_argument("--n", type=positive(int), default=10_000, help="number of texts (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="same seed, same texts (default: %(default)s)")
     parser.add_argument("--exercises", action="store_true", help="lines that are repeated, instead of books")
     parser.add_argument("--out", default="out/data/books.jsonl", help="JSONL records with a text; overwritten")
     args = parser.parse_args(argv)
     try:
+        check_writable(Path(args.out).parent)
         made = (exercises if args.exercises else texts)(args.n, args.seed)
         told = tqdm(made, total=args.n, unit="text", disable=None)
-        generate.write_jsonl(({"text": text} for text in told), args.out)
-    except (ValueError, OSError) as error:
-        print(f"books.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        write_jsonl(args.out, ({"text": text} for text in told))
+    except (ValueError, OSError) as e:
+        fail(e)
     print(f"{args.n} texts -> {args.out}")
 
 

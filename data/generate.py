@@ -8,10 +8,8 @@ A story is: a plot, one of its endings, one word for each slot, one phrasing for
 one, so a model that gets them right has copied them from its prompt. That is what the corpus is for, and why names
 and the central thing of a story recur (see `recurs`). More plots or words need no change here.
 """
-import argparse
 import hashlib
 import json
-import os
 import random
 import re
 import sys
@@ -25,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402
 
+from common import check_writable, command_line, fail, write_jsonl  # noqa: E402
 from constraints import FEATURES, KEYS, has_dialogue, render, sentences  # noqa: E402
 
 VERSION = 2                     # of what is written: another number when the same seed gives other stories
@@ -424,19 +423,8 @@ def instructions(records, seed):
 # -----------------------------------------------------------------------------
 # command line
 
-def write_jsonl(records, path):
-    """Write records to `path` as one step: a reader sees the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    os.replace(temporary, path)
-
-
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Compose small Chinese stories with truthful labels.")
-    parser.error = lambda message: parser.exit(2, f"generate.py: {message}\n")
+    parser = command_line("Compose small Chinese stories with truthful labels.")
     parser.add_argument("--n", type=int, default=20000, help="number of stories")
     parser.add_argument("--seed", type=int, default=1, help="same seed, same stories")
     parser.add_argument("--split", choices=("train", "heldout"), default="train",
@@ -450,22 +438,23 @@ def parse_args(argv=None):
     parser.add_argument("--language", default=LANGUAGE, metavar="DIR", help="folder of lexicon.toml and plots/")
     args = parser.parse_args(argv)
     if args.split == "heldout" and (args.slot_words or args.more_sentences):
-        parser.error("--slot-words and --more-sentences are for training; --split heldout is for judging")
+        fail("--slot-words and --more-sentences are for training; --split heldout is for judging")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
+        for path in filter(None, (args.out, args.instructions)):
+            check_writable(Path(path).parent)
         told = stories(args.n, args.seed, args.language, args.split == "heldout", args.slot_words,
                        args.more_sentences)
         records = list(tqdm(told, total=args.n, unit="story", disable=args.n < 20000))
-        write_jsonl(records, args.out)
+        write_jsonl(args.out, records)
         if args.instructions:
-            write_jsonl(instructions(records, args.seed), args.instructions)
-    except (ValueError, OSError) as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+            write_jsonl(args.instructions, instructions(records, args.seed))
+    except (ValueError, OSError) as e:
+        fail(e)
     print(f"{len(records)} stories -> {args.out}")
     if args.instructions:
         print(f"their instructions -> {args.instructions}")

@@ -3,27 +3,25 @@
     python data/prepare.py tinystories-zh --out out/data/tinystories --tokenizer base --instructions
     python pretrain.py --data out/data/tinystories --out out/my_base
 
-A source is tinystories-zh (TinyStoriesChinese, 2.6 GB, from the Hugging Face hub or a mirror of it), a file or a URL:
-JSONL, a JSON list, or a tar.gz of such. A row's story is its `story_zh`, `text` or `story`. --out gets
+A source is tinystories-zh (TinyStoriesChinese, 2.6 GB, from the Hugging Face hub or a mirror of it) or a file: JSONL,
+a JSON list, or a tar.gz of such. A row's story is its `story_zh`, `text` or `story`. --out gets
 
     train.bin, val.bin   the stories' ids, an EOS behind each, as uint16 (uint32 for a large vocabulary)
     tokenizer.*          what they were tokenized with
     rejected.jsonl       every row that is no story: file, row, reason
     instructions/        with --instructions: what augment.py makes of the same rows
-    manifest.json        sources, numbers, checksums; written last, it vouches for the others
+    manifest.json        sources, numbers, checksums
 """
-import argparse
 import gzip
 import hashlib
 import json
 import os
 import re
 import shlex
-import shutil
 import sys
 import tarfile
 import zlib
-from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,24 +31,46 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import tokenizer as tokenizers  # noqa: E402
-from common import fail, positive  # noqa: E402
-from data.download import PIECE, checksum, download, file_name, is_url  # noqa: E402
-from parallel import in_order  # noqa: E402
+from common import check_writable, command_line, fail, new_directory, positive, write_json  # noqa: E402
 from records import RowError, place, scan_stream, text_field  # noqa: E402
 
-# Every worker imports this file too: nothing above may import PyTorch (1.6 s and 220 MB a process).
-
 TINYSTORIES = "tinystories-zh"
-TINYSTORIES_PATH = "datasets/adam89/TinyStoriesChinese/resolve/main/TinyStories_all_data_zh.tar.gz"
+REPOSITORY, ARCHIVE = "adam89/TinyStoriesChinese", "TinyStories_all_data_zh.tar.gz"
 DOWNLOADS = Path("out/downloads")
 
-BATCH = 1 << 18     # characters that a worker tokenizes at once
-SPLIT = 1 << 14     # stories that are copied to train.bin or val.bin at once
-SHOWN = 3           # rejected rows of a source that are printed
+BATCH = 4096  # stories that are tokenized at once
+SHOWN = 3     # rejected rows of a source that are printed
 
 
-# -----------------------------------------------------------------------------
-# rows
+# ---- sources ----
+
+def find(name, args):
+    """A source, downloaded if need be -> {source, file, size, sha256}. Raises ValueError and OSError."""
+    source, path = name, Path(name)
+    if name == TINYSTORIES:
+        source, path = f"{args.endpoint}/datasets/{REPOSITORY}", download(args.endpoint)
+    elif re.match("https?://", name):
+        raise ValueError(f"{name}: download it first (curl -LO {shlex.quote(name)}) and name the file")
+    with open(path, "rb") as f:
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    if args.sha256 and sha256 != args.sha256.lower():
+        raise ValueError(f"--sha256: {path} has {sha256}")
+    return {"source": source, "file": str(path), "size": path.stat().st_size, "sha256": sha256}
+
+
+def download(endpoint):
+    """-> the file of TINYSTORIES. A download that was interrupted goes on; what is there is not loaded again."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ValueError(f"{TINYSTORIES} is downloaded by huggingface_hub: pip install huggingface_hub") from None
+    try:
+        return Path(hf_hub_download(REPOSITORY, ARCHIVE, repo_type="dataset", endpoint=endpoint, local_dir=DOWNLOADS))
+    except Exception as e:  # of its own, of the HTTP library beneath, or of the file system
+        problem = str(e.__cause__ or e).strip().split("\n")[0]
+        raise ValueError(f"{TINYSTORIES} could not be downloaded from {endpoint}: {problem} "
+                         f"(--endpoint or HF_ENDPOINT names a mirror)") from None
+
 
 def documents(f, path):
     """An open file, or tar.gz of files -> (name, binary stream) of each JSON in it."""
@@ -60,7 +80,7 @@ def documents(f, path):
         yield str(path), f
         return
     with gzip.open(f) as unzipped:
-        with tarfile.open(fileobj=unzipped, mode="r|", bufsize=PIECE) as archive:  # a stream, never unpacked as files
+        with tarfile.open(fileobj=unzipped, mode="r|", bufsize=1 << 18) as archive:  # a stream, never unpacked as files
             for member in archive:
                 if not member.isfile() or Path(member.name).name.startswith("."):  # ._name: what macOS adds
                     continue
@@ -68,21 +88,20 @@ def documents(f, path):
                     yield f"{path}: {member.name}", archive.extractfile(member)
                 else:
                     print(f"{path}: {member.name} is left out, neither .json nor .jsonl", file=sys.stderr)
-        while unzipped.read(PIECE):  # to its end, where its checksum is
+        while unzipped.read(1 << 18):  # to its end, where its checksum is
             pass
 
 
-def stories(source, rejected, bar):
-    """Yield (story, its record, file:row) of a source, and count its rows. What is no story goes to `rejected`."""
-    path, begun, first = source["file"], bar.n, ""
+def stories(source, rejected):
+    """Yield (story, its record, file:row) of a source, and count its rows. What is no story is written to the open
+    file `rejected`. Raises ValueError."""
+    path, first = source["file"], ""
     source |= {"rows": 0, "rejected": 0}
     try:
         with open(path, "rb") as f:
             for name, stream in documents(f, path):
                 for row, record in scan_stream(stream, name):
                     source["rows"] += 1
-                    if source["rows"] % 1000 == 0:
-                        bar.update(begun + f.tell() - bar.n)
                     try:
                         if isinstance(record, RowError):
                             raise record
@@ -100,7 +119,6 @@ def stories(source, rejected, bar):
         raise ValueError(f"{path}: not a whole tar.gz ({e})") from None
     if source["rows"] == source["rejected"]:
         raise ValueError(f"{path}: no story in it{first}")
-    bar.update(begun + source["size"] - bar.n)
 
 
 def instruction_row(text, record, name):
@@ -110,71 +128,80 @@ def instruction_row(text, record, name):
     return json.dumps({"text": text, "features": features, "story_id": name}, ensure_ascii=False) + "\n"
 
 
-# -----------------------------------------------------------------------------
-# tokens
+# ---- tokens ----
 
-def start_worker(path):
-    global tokenizer
-    tokenizer = tokenizers.load(path)
-
-
-def tokenize(texts):
-    """In a worker: texts -> (places in the split, lengths in tokens, all tokens)."""
-    rows = [tokenizer.story(text) for text in texts]
-    return np.array([place(text) for text in texts]), np.array([len(r) for r in rows], np.uint32), np.concatenate(rows)
+def tokenize(tokenizer, texts):
+    """-> the bytes of each text in a token file. On all cores; one with a literal ▁ by Tokenizer.encode."""
+    for text, ids in zip(texts, tokenizer.sp.encode(texts, num_threads=os.cpu_count())):
+        if tokenizers.SPACE in text:
+            ids = tokenizer.encode(text)
+        yield np.array(ids + [tokenizer.eos_id], tokenizer.dtype).tobytes()
 
 
-def batches(texts):
-    """Lists of texts of about BATCH characters."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def write_tokens(path, parts):
+    """-> (bytes written, sha256)"""
+    digest = hashlib.sha256()
+    with open(path, "wb") as f:
+        for part in parts:
+            f.write(part)
+            digest.update(part)
+        return f.tell(), digest.hexdigest()
 
 
-def tokenize_all(texts, path, out):
-    """Write the tokens of all texts to `out`, in their order, on all cores -> (places, lengths), each (stories,)."""
-    places, lengths = [], []
-    with open(out, "wb") as f:
-        for where, length, tokens in in_order(tokenize, batches(texts), start_worker, (path,)):
-            places.append(where)
-            lengths.append(length)
-            f.write(tokens.tobytes())
-    return np.concatenate(places), np.concatenate(lengths)
+def prepare(args):
+    """All of it -> the manifest. Raises ValueError and OSError."""
+    if args.out.exists() and not args.overwrite:
+        raise ValueError(f"--out {args.out} is there already: --overwrite replaces it")
+    if args.out.exists() and not (args.out / "manifest.json").is_file():
+        raise ValueError(f"--out {args.out} was not made by data/prepare.py, and is not replaced")
+    check_writable(args.out.parent)
+    tokenizer = tokenizers.load(args.tokenizer)
+    sources = [find(name, args) for name in args.sources]
+    with new_directory(args.out) as work:
+        places, tokens, characters = [], [], 0  # of each story; all tokens of TinyStories are a gigabyte
+        with (open(work / "rejected.jsonl", "w", encoding="utf-8") as rejected,
+              open(work / "rows.jsonl", "w", encoding="utf-8") as rows,
+              tqdm(desc="tokenizing", unit="story", unit_scale=True, disable=None) as bar):
+            rest = (story for source in sources for story in stories(source, rejected))
+            while batch := list(islice(rest, BATCH)):
+                texts = [text for text, _, _ in batch]
+                places += map(place, texts)
+                tokens += tokenize(tokenizer, texts)
+                characters += sum(map(len, texts))
+                if args.instructions:
+                    rows.writelines(instruction_row(*story) for story in batch)
+                bar.update(len(batch))
+
+        n = min(args.val_stories, max(1, len(places) // 20))
+        threshold = float(np.nextafter(sorted(places)[n - 1], 1))  # copies have the same place
+        manifest = {"command": args.command, "sources": sources, "stories": {}, "tokens": {}, "sha256": {},
+                    "characters": characters, "held_out_below": threshold, "dtype": tokenizer.dtype.name,
+                    "vocab_size": tokenizer.vocab_size}
+        for side, of_val in (("train", False), ("val", True)):
+            parts = [part for part, p in zip(tokens, places) if (p < threshold) == of_val]
+            if not parts:
+                raise ValueError("all stories are the same one, and it is held out: none is left to train on")
+            size, manifest["sha256"][f"{side}.bin"] = write_tokens(work / f"{side}.bin", parts)
+            manifest["stories"][side], manifest["tokens"][side] = len(parts), size // tokenizer.dtype.itemsize
+        tokenizer.save(work)
+        manifest["sha256"]["tokenizer.model"] = hashlib.sha256(tokenizer.files["tokenizer.model"]).hexdigest()
+        if args.instructions:
+            import augment  # here, because augment.py stands below data/ in the order of the files
+            # what it holds out is below the same threshold, so no story of train.bin
+            augment.augment(augment.parse_args([
+                str(work / "rows.jsonl"), "--out", str(work / "instructions"), "--extract", "words,sentence",
+                "--tokenizer", str(args.tokenizer), "--val-fraction", repr(threshold)]))
+        (work / "rows.jsonl").unlink()
+        write_json(work / "manifest.json", manifest)
+    return manifest
 
 
-def split(path, dtype, places, lengths, threshold):
-    """One token file -> train.bin and val.bin beside it; val: the places below the threshold. -> their numbers."""
-    tokens = np.memmap(path, dtype, "r")
-    told = {"stories": {}, "tokens": {}, "sha256": {}}
-    for side, chosen in (("train", places >= threshold), ("val", places < threshold)):
-        digest, count, at = hashlib.sha256(), 0, 0
-        with open(path.with_name(f"{side}.bin"), "wb") as f:
-            for i in range(0, len(places), SPLIT):
-                n = lengths[i:i + SPLIT]
-                end = at + int(n.sum())
-                part = tokens[at:end][np.repeat(chosen[i:i + SPLIT], n)]
-                f.write(part.tobytes())
-                digest.update(part)
-                count, at = count + len(part), end
-        told["stories"][side], told["tokens"][side] = int(chosen.sum()), count
-        told["sha256"][f"{side}.bin"] = digest.hexdigest()
-    return told
-
-
-# -----------------------------------------------------------------------------
-# command line
+# ---- the command ----
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Make token files of public stories.")
-    parser.error = fail
+    parser = command_line("Make token files of public stories.")
     flag = parser.add_argument
-    flag("sources", nargs="+", metavar="SOURCE", help=f"{TINYSTORIES}, files or URLs: .jsonl, .json, .tar.gz of these")
+    flag("sources", nargs="+", metavar="SOURCE", help=f"{TINYSTORIES}, or files: .jsonl, .json, .tar.gz of these")
     flag("--out", type=Path, required=True, help="directory for the token files, like out/data/NAME")
     flag("--tokenizer", type=Path, required=True, help="tokenizer.model, or a directory with one")
     flag("--endpoint", default=os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
@@ -183,86 +210,11 @@ def parse_args(argv=None):
     flag("--val-stories", type=positive(int), default=40_000,
          help="stories held out, at most a twentieth (default: %(default)s)")
     flag("--instructions", action="store_true", help="make instruction data of the same rows, too")
-    flag("--overwrite", action="store_true", help="replace what is in --out")
+    flag("--overwrite", action="store_true", help="replace --out")
     args = parser.parse_args(argv)
-    if not is_url(args.endpoint):
-        fail(f"--endpoint (or HF_ENDPOINT) {args.endpoint} does not begin with https://")
-    if args.sha256 and (len(args.sources) > 1 or not re.fullmatch("[0-9a-fA-F]{64}", args.sha256)):
-        fail("--sha256: 64 hexadecimal digits, for one source")
+    args.endpoint = args.endpoint.rstrip("/")
     args.command = shlex.join(["python", "data/prepare.py", *(sys.argv[1:] if argv is None else argv)])
     return args
-
-
-def find(args):
-    """The sources as files, downloaded if need be -> [{source, file, size, sha256}]."""
-    urls = [f"{args.endpoint.rstrip('/')}/{TINYSTORIES_PATH}" if s == TINYSTORIES else s for s in args.sources]
-    names = [file_name(url) for url in urls if is_url(url)]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two URLs have the file name {max(names, key=names.count)}; prepare one after the other")
-    found, expected = [], args.sha256 and args.sha256.lower()
-    for url in urls:
-        if is_url(url):
-            try:
-                path, digest = download(url, DOWNLOADS, expected)
-            except (ValueError, OSError, HTTPException) as e:
-                mirror = "; --endpoint or HF_ENDPOINT names a mirror" if url.endswith(TINYSTORIES_PATH) else ""
-                raise ValueError(f"{url}: {e}{mirror}") from None
-        else:
-            path, digest = Path(url), checksum(url)
-            if digest != (expected or digest):
-                raise ValueError(f"--sha256: {path} has {digest}")
-        found.append({"source": url, "file": str(path), "size": path.stat().st_size, "sha256": digest})
-    return found
-
-
-def prepare(args):
-    """All of it -> the manifest. The files are made in --out/unfinished and moved when all are there."""
-    out, work = args.out, args.out / "unfinished"
-    if not args.overwrite and any((out / name).exists() for name in ("manifest.json", "train.bin", "tokenizer.model")):
-        raise ValueError(f"--out {out} already holds data or a model: --overwrite replaces it")
-    tokenizer = tokenizers.load(args.tokenizer)
-    if args.instructions:
-        import augment  # here, so that workers do not import it, and before hours of work
-    sources, characters = find(args), 0
-
-    def texts():
-        nonlocal characters
-        for source in sources:
-            for text, record, name in stories(source, rejected, bar):
-                if args.instructions:
-                    rows.write(instruction_row(text, record, name))
-                characters += len(text)
-                yield text
-
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        with (open(work / "rejected.jsonl", "w", encoding="utf-8") as rejected,
-              open(work / "rows.jsonl", "w", encoding="utf-8") as rows,
-              tqdm(total=sum(s["size"] for s in sources), unit="B", unit_scale=True, desc="tokenizing") as bar):
-            places, lengths = tokenize_all(texts(), args.tokenizer, work / "all.bin")
-        n = min(args.val_stories, max(1, len(places) // 20))
-        threshold = float(np.nextafter(np.partition(places, n - 1)[n - 1], 1))  # copies have the same place
-        told = split(work / "all.bin", tokenizer.dtype, places, lengths, threshold)
-        if not told["stories"]["train"]:
-            raise ValueError("all stories are the same one, and it is held out: none is left to train on")
-        told["sha256"]["tokenizer.model"] = hashlib.sha256(tokenizer.files["tokenizer.model"]).hexdigest()
-        manifest = {"command": args.command, "sources": sources, **told, "characters": characters,
-                    "held_out_below": threshold, "dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size}
-        for name in ("manifest.json", *tokenizers.FILES):  # what vouches for the old files goes first
-            (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / "instructions", ignore_errors=True)
-        for name in ("train.bin", "val.bin", "rejected.jsonl"):
-            os.replace(work / name, out / name)
-        tokenizer.save(out)
-        if args.instructions:  # what it holds out is below the same threshold, so no story of train.bin
-            augment.main([str(work / "rows.jsonl"), "--out", str(out / "instructions"), "--extract", "words,sentence",
-                          "--tokenizer", str(args.tokenizer), "--val-fraction", repr(threshold), "--overwrite"])
-        (work / "manifest.json").write_text(json.dumps(manifest, ensure_ascii=False, indent=2) + "\n", "utf-8")
-        os.replace(work / "manifest.json", out / "manifest.json")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return manifest
 
 
 def main(argv=None):

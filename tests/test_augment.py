@@ -1,4 +1,5 @@
 """augment.py: what people have in, clean and leak-free rows out."""
+import gzip
 import itertools
 import json
 import random
@@ -195,7 +196,7 @@ def test_large_clusters_are_not_drawn_to_one_side():
     rng = np.random.default_rng(0)
     hashes = rng.integers(1 << 63, size=20000, dtype=np.uint64) * np.uint64(2)
     clusters = np.arange(20000) // 20
-    val = augment.split(hashes, clusters, 0.1)
+    val = augment.validation(hashes, clusters, 0.1)
     assert 0.07 < val.mean() < 0.13 and (val.reshape(-1, 20).std(1) == 0).all()
 
 
@@ -252,7 +253,7 @@ def test_records_of_one_story_share_its_rows(tmp_path):
     assert 4 < len(of_twice) <= 7 and sum("伏笔" in row["instruction"] for row in of_twice) == 1
 
 
-def test_same_seed_same_bytes_in_one_process_or_many(tmp_path, monkeypatch):
+def test_same_seed_same_bytes(tmp_path):
     write(tmp_path / "in", numbered(1200))
 
     def made(out, *flags):
@@ -261,8 +262,6 @@ def test_same_seed_same_bytes_in_one_process_or_many(tmp_path, monkeypatch):
 
     one = made("one")
     assert made("two") == one != made("three", "--seed", "2")
-    monkeypatch.setattr(augment, "SMALL", 0)
-    assert made("many") == one
 
 
 # ---- cleaning ----
@@ -385,17 +384,34 @@ def test_300_malformed_records_lose_no_good_one(tmp_path):
     assert sum(report["rejected"].values()) == len(rejected) and all(row["reason"] for row in rejected)
 
 
-def test_a_file_that_is_not_utf8(tmp_path, refused):
+@pytest.mark.parametrize("content, words", [
+    (f"{GOOD}\n{GOOD}".encode("gb18030"), ["row 1 is not UTF-8"]),
+    (f"词汇：铲子\n故事：{STORY}<|endoftext|>".encode("gb18030"), ["row 1 is not UTF-8"]),
+    (f"{GOOD}\n{GOOD}".encode("utf-16"), ["row 1 is not UTF-8"]),
+    (f"[{GOOD}, {GOOD[:-9]}]".encode(), ["not JSON"]),  # one broken list is one error
+    (f"[{GOOD}]\n[{GOOD}]".encode(), ["follows the end of the list"]),
+    (b'{"data": [' + GOOD.encode() + b"]}", ["a list of records is wanted"]),
+    (b'{"prompt": "x", "completion": "y"}\n' * 2, ["row 1 has no 'output'"]),
+    (f"instruction,output\n词汇：铲子,{STORY}\n".encode(), ["is a CSV file; JSONL or a JSON list is wanted"]),
+    (gzip.compress(GOOD.encode()), ["is gzip-compressed"]),
+    (b"PK\x03\x04\n{", ["is a zip file"]),
+    (b"\n", ["no rows"]),
+])
+def test_files_that_will_not_do(tmp_path, refused, content, words):
     path = tmp_path / "in"
-    rows = f"{GOOD}\n" * 3
-    path.write_bytes(rows.encode("gb18030"))
-    at = rows.encode("gb18030").index("词".encode("gb18030"))
-    refused(augment.main, [path, "--out", tmp_path / "x"], path, f"byte {at} ", "gb18030")
-    path.write_bytes(f"词汇：铲子\n故事：{STORY}<|endoftext|>".encode("gb18030"))
-    refused(augment.main, [path, "--out", tmp_path / "x"], path, "byte 0 ", "gb18030")
-    path.write_bytes(rows.encode("utf-16"))
-    refused(augment.main, [path, "--out", tmp_path / "x"], path, "UTF-16")
+    path.write_bytes(content)
+    refused(augment.main, [path, "--out", tmp_path / "x"], path, *words)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_null_is_absence(tmp_path):
+    rows = [{"instruction": "词汇：铲子", "input": None, "output": STORY, "constraints": None, "story_id": None},
+            {"text": STORY, "words": None, "features": ["Dialogue"], "summary": float("nan"), "sentence": None},
+            {"story_zh": STORY, "text": None, "instruction": {"words": ["铲子"], "features": None}},
+            {"output": STORY, "constraints": {"词汇": ["铲子"], "摘要": None}}]
+    train, _, report, rejected = run(tmp_path, write(tmp_path / "in", rows), "--val-fraction", "0", "--permute", "1")
+    assert [row["constraints"] for row in train] == [{"词汇": ["铲子"]}, {"特点": ["对话"]}, *[{"词汇": ["铲子"]}] * 2]
+    assert not rejected and not report["changed"] and len({row["story_id"] for row in train}) == 1
 
 
 def test_mistakes_are_one_line_and_leave_what_is_there(tmp_path, refused):
@@ -407,18 +423,25 @@ def test_mistakes_are_one_line_and_leave_what_is_there(tmp_path, refused):
     refused(augment.main, [path, "--out", out], "--overwrite")
     (tmp_path / "mine").mkdir()
     refused(augment.main, [path, "--out", tmp_path / "mine", "--overwrite"], "mine", "not made by augment.py")
-    (tmp_path / "empty").write_text("\n")
-    refused(augment.main, [tmp_path / "empty", path, "--out", out, "--overwrite"], "empty", "no rows")
+    refused(augment.main, [path, "--out", path / "x"], "cannot write to", path)
     refused(augment.main, [tmp_path / "missing", "--out", out, "--overwrite"], "missing")
     for flag, value in (("--permute", "0"), ("--permute", "some"), ("--keep", "all"), ("--extract", "summary"),
                         ("--val-fraction", "1"), ("--max-per-story", "-1")):
         refused(augment.main, [path, "--out", out, "--overwrite", flag, value], flag)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    assert {p.name for p in tmp_path.iterdir()} == {"in", "out", "empty", "mine"}
+    assert {p.name for p in tmp_path.iterdir()} == {"in", "out", "mine"}
 
 
-def test_text_without_an_end_is_not_held_in_memory(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(augment, "LONGEST", 1000)
-    monkeypatch.setattr(augment, "PIECE", 100)
-    (tmp_path / "in").write_text("Words: cat\nStory: " + "a cat. " * 500, encoding="utf-8")
-    refused(augment.main, [tmp_path / "in", "--out", tmp_path / "x"], "endoftext")
+def test_out_is_never_half_made(tmp_path, refused, monkeypatch):
+    path = write(tmp_path / "in", numbered(20))
+    out = tmp_path / "out"
+    augment.main([str(path), "--out", str(out)])
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def full(*args):
+        raise OSError("no space left on device")
+    monkeypatch.setattr(augment, "write_json", full)
+    for name in ("out", "new"):
+        refused(augment.main, [path, "--out", tmp_path / name, "--overwrite"], "no space left")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert {p.name for p in tmp_path.iterdir()} == {"in", "out"}

@@ -3,7 +3,29 @@ import random
 
 import pytest
 
-from records import RowError, read_instructions, read_records, read_stories, scan, split_by_story
+from records import (
+    RowError,
+    instruction_of,
+    place,
+    read_blocks,
+    read_instructions,
+    read_records,
+    read_stories,
+    scan,
+    split_by_story,
+    story_hash,
+)
+
+
+def test_hash_and_split_are_the_ones_they_always_were():
+    """Literal values: another hash would let stories that old runs trained on into validation."""
+    assert story_hash("小猫来了。") == story_hash("小猫，来了！ ") == 0xbad86acf2599bc3a
+    assert story_hash(" Ａ cat, sat.") == 0x442fec369959c324 and story_hash("") == 0xe3b0c44298fc1c14
+    assert place("小猫来了。") == 0.729864764759987
+    items = [f"故事{n}。" for n in range(60)]
+    train, val = split_by_story(items, 0.1)
+    assert [items.index(text) for text in val] == [15, 19, 23, 36, 52, 57]
+    assert train == [text for text in items if text not in val]
 
 
 def test_a_story_falls_on_one_side_with_all_its_rows():
@@ -31,38 +53,92 @@ GOOD = '{"instruction": "词汇：猫", "output": "猫来了。"}'
 @pytest.mark.parametrize("content, words", [
     ("", ["no rows"]),
     ("\n \n", ["no rows"]),
+    ("[]", ["no rows"]),
     (GOOD + "\n{broken\n", ["row 2", "not JSON"]),
     (GOOD + '\n\n{"instruction": "词汇：猫"}', ["row 3", "'output'"]),
     (GOOD + '\n{"instruction": "词汇：猫", "output": " "}', ["row 2", "'output'", "empty"]),
-    (GOOD + '\n{"instruction": "词汇：猫", "output": null}', ["row 2", "'output'", "NoneType"]),
+    (GOOD + '\n{"instruction": "词汇：猫", "output": null}', ["row 2", "no 'output'"]),
     (GOOD + '\n{"instruction": ["猫"], "output": "猫"}', ["row 2", "'instruction'", "list"]),
     (GOOD + "\n[1]", ["row 2", "list"]),
-    (GOOD + '\n{"instruction": "", "output": "\\ud83d"}', ["row 2", "surrogate"]),
+    (GOOD + '\n{"instruction": "词汇：猫", "output": "\\ud83d"}', ["row 2", "surrogate"]),
     ("[" + GOOD + ', {"instruction": "猫"}]', ["row 2", "'output'"]),
+    # fields of other people's formats
+    ('{"prompt": "词汇：小猫", "output": "猫来了。"}', ["row 1 has no 'instruction'"]),
+    ('{"prompt": "词汇：小猫", "completion": "猫来了。"}', ["row 1 has no 'instruction'"]),
+    ('{"prompt": "词汇：小猫", "completion": "猫来了。"}\n' * 2, ["row 1 has no 'instruction'"]),
+    ('[{"prompt": "词汇：小猫", "completion": "猫来了。"}]', ["row 1 has no 'instruction'"]),
+    ('{"title": "猫", "content": "猫来了。"}', ["row 1 has no 'instruction'"]),
+    (GOOD + '\n{"instruction": " ", "output": "猫来了。"}', ["row 2", "'instruction' is empty"]),
+    (GOOD + '\n{"instruction": null, "input": null, "output": "猫来了。"}', ["row 2 has no 'instruction'"]),
+    (GOOD + '\n{"input": "", "output": "猫来了。"}', ["row 2", "'input' is empty"]),
+    # a list or an object is one thing
     ("[" + GOOD + ",", ["not JSON"]),
-    ("[]", ["no rows"]),
+    (f"[{GOOD} {GOOD}]", ["not JSON"]),
+    (f"[{GOOD}]\n[{GOOD}]", ["follows the end of the list", "line 2"]),
+    (f"[{GOOD}] [{GOOD}]", ["follows the end of the list"]),
+    (f"[{GOOD}]\n{GOOD}", ["follows the end of the list"]),
+    (f'{{\n"17": {GOOD}\n}}\n{{\n"18": {GOOD}\n}}', ["follows the end of the list or object"]),
+    ('{"data": [' + GOOD + "]}", ["a list of records is wanted"]),
+    ('{\n"version": 1,\n"data": [\n' + GOOD + "\n]}", ["a list of records is wanted"]),
+    ("[" * 100_000, ["not JSON"]),
+    # other formats
+    ("instruction,input,output\n词汇：猫,,猫来了。\n", ["is a CSV file; JSONL or a JSON list is wanted"]),
+    ('\ufeff"instruction";"output"\r\n"词汇：猫";"猫来了。"\r\n', ["is a CSV file"]),
+    (b"\x1f\x8b\x08\0\0", ["is gzip-compressed; JSONL or a JSON list is wanted"]),
+    (b"PK\x03\x04\x14\0", ["is a zip file", "xlsx"]),
+    # other encodings
+    (GOOD.encode() + b"\n" + GOOD.encode("gb18030"), ["row 2 is not UTF-8"]),
+    (b"[" + GOOD.encode("gb18030") + b"]", ["is not UTF-8"]),
+    ((GOOD + "\n" + GOOD).encode("utf-16"), ["is not UTF-8"]),
 ])
-def test_bad_rows_are_named(tmp_path, content, words):
+def test_what_is_wrong_is_named(tmp_path, content, words):
     path = tmp_path / "rows.jsonl"
-    path.write_text(content, encoding="utf-8")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError) as e:
         read_instructions(path)
     assert all(word in str(e.value) for word in (*words, str(path))) and "\n" not in str(e.value)
+
+
+def test_stories_without_their_field_and_csv_by_its_name(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for content in ('{"title": "猫", "content": "猫来了。"}', '[{"title": "猫", "text": null}]'):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match="row 1 has no 'text'"):
+            read_stories(path)
+    (tmp_path / "rows.CSV").write_text("指令,输出\n词汇：猫,猫来了。\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="is a CSV file"):
+        read_instructions(tmp_path / "rows.CSV")
 
 
 def test_files_as_people_have_them(tmp_path):
     path = tmp_path / "rows"
     path.write_bytes("\ufeff".encode() + GOOD.encode() + b"\r\n")  # a byte order mark, Windows line ends
     assert read_instructions(path) == [("词汇：猫", "猫来了。")]
+    path.write_bytes(("\ufeff[\r\n" + GOOD + ",\r\n" + GOOD + "\r\n]\r\n").encode())
+    assert read_instructions(path) == [("词汇：猫", "猫来了。")] * 2
     path.write_text(f" \n[{GOOD}]", encoding="utf-8")
+    assert read_instructions(path) == [("词汇：猫", "猫来了。")]
+    path.write_text(json.dumps(json.loads(GOOD), indent=2), encoding="utf-8")
     assert read_instructions(path) == [("词汇：猫", "猫来了。")]
     path.write_text('{"instruction": "写一个故事", "input": "词汇：猫", "output": "猫来了。"}', encoding="utf-8")
     assert read_instructions(path) == [("写一个故事\n词汇：猫", "猫来了。")]
     path.write_text('{"story_zh": "猫来了。", "story": "A cat."}\n{"text": "狗来了。"}', encoding="utf-8")
     assert read_stories(path) == ["猫来了。", "狗来了。"]
     path.write_bytes(b'{"text": "cat"}\n' * 1000 + b'{"text": "' + "小狗".encode("gbk") + b'"}')
-    with pytest.raises(ValueError, match="row 1001 is not UTF-8 .byte 16012 "):
+    with pytest.raises(ValueError, match="row 1001 is not UTF-8"):
         list(read_records(path))
+
+
+@pytest.mark.parametrize("nothing", ["null", "NaN"])
+def test_null_is_absence(tmp_path, nothing):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"instruction": "词汇：猫", "input": {nothing}, "output": "猫来了。", "words": {nothing}}}\n'
+                    f'{{"instruction": {nothing}, "input": "词汇：狗", "output": "狗来了。", "text": {nothing}}}\n'
+                    f'{{"story_zh": {nothing}, "text": "鸡来了。"}}\n', encoding="utf-8")
+    (_, cat), (_, dog), (_, hen) = read_records(path)
+    assert instruction_of(path, 1, cat) == "词汇：猫" and instruction_of(path, 2, dog) == "词汇：狗"
+    assert "words" not in cat and hen == {"text": "鸡来了。"}
+    assert instruction_of(path, 3, {"constraints": {}, "instruction": None}, required=False) == ""
 
 
 def test_real_instructions(real_data):
@@ -73,58 +149,37 @@ def test_real_instructions(real_data):
     assert len(json.dumps(train)) > 0
 
 
-@pytest.fixture(params=[(1 << 20, 1 << 20), (64, 7)])  # whole files at once; seven bytes at a time
-def piece(request, monkeypatch):
-    monkeypatch.setattr("records.HEAD", request.param[0])
-    monkeypatch.setattr("records.PIECE", request.param[1])
-
-
 BROKEN = '{"instruction": "词汇：狗" "output": "狗来了。"}'
 
 
 @pytest.mark.parametrize("content, good", [
     (f"{GOOD}\n{BROKEN}\n\n{GOOD}", {1, 4}),
-    (f"[{GOOD}, {BROKEN}, {GOOD}]", {1, 3}),
-    (f"[\n{GOOD},\n{GOOD[:30]}\n{GOOD}\n]", {1, 3}),
-    (f"[{GOOD}, 3, {GOOD}, {{", {1, 2, 3}),
-    (f"[{GOOD}, {GOOD}", {1, 2}),
+    (f"{BROKEN}\n{BROKEN}\n{GOOD}", {3}),
     (f"{GOOD[:-9]}\n{GOOD}\n{GOOD}", {2, 3}),
-    ('{"17": "故事：猫来了。", "18": "故事：狗来了。"}', {1, 2}),
-    ('{"17": "故事：猫来了。"}\n{"18": "故事：狗来了。"}', {1, 2}),
-    ('{"17": "故事：猫来了。",\n"18": 狗来了。",\n"19": {"text": "鸡来了。"}}', {1, 3}),
+    (f"{GOOD}\nbroken\n[\n{GOOD}", {1, 4}),
+    (f"broken\n{GOOD}", {2}),
+    (b"\n".join((GOOD.encode(), GOOD.encode("gb18030"), GOOD.encode())), {1, 3}),
     ('{"17"\n' + GOOD, {2}),
 ])
-def test_reading_goes_on_behind_a_broken_row(tmp_path, piece, content, good):
+def test_reading_goes_on_behind_a_broken_line(tmp_path, content, good):
     path = tmp_path / "rows"
-    path.write_text(content, encoding="utf-8")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     rows = list(scan(path))
     assert {row for row, record in rows if not isinstance(record, RowError)} == good
     for row, record in rows:
-        assert not isinstance(record, RowError) or f"row {row} " in str(record)
+        assert record == json.loads(GOOD) if row in good else f"row {row} " in str(record) and record.raw
 
 
-def test_bytes_that_are_no_utf8_spoil_their_own_row_only(tmp_path, piece):
-    path = tmp_path / "rows"
-    gbk = GOOD.encode("gb18030")
-    for before, between, after in ((b"", b"\n", b""), (b"[", b",\n", b"]")):
-        path.write_bytes(before + GOOD.encode() + between + gbk + between + GOOD.encode() + after)
-        (_, first), (_, bad), (_, third) = scan(path)
-        assert first == third and isinstance(bad, RowError)
-        at = int(str(bad).split("(byte ")[1].split()[0])
-        content = path.read_bytes()
-        with pytest.raises(UnicodeDecodeError) as e:
-            content.decode()
-        assert at == e.value.start and "gb18030" in str(bad)
-    path.write_bytes(GOOD.encode("utf-16"))
-    with pytest.raises(ValueError, match="UTF-16"):
-        list(scan(path))
+@pytest.mark.parametrize("content", [
+    '{"17": "故事：猫来了。", "18": "词汇：狗\\n故事：狗来了。"}',
+    '{"17": "故事：猫来了。",\n"18": "词汇：狗\\n故事：狗来了。"}',
+    '{\n"17": {"text": "猫来了。"},\n"18": {"text": "狗来了。"}}',
+])
+def test_an_object_of_records_by_their_ids(tmp_path, content):
+    (tmp_path / "rows").write_text(content, encoding="utf-8")
+    assert list(scan(tmp_path / "rows")) == list(enumerate(json.loads(content).values(), 1))
 
 
-def test_a_row_without_an_end_is_not_held_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("records.HEAD", 64)
-    monkeypatch.setattr("records.PIECE", 64)
-    monkeypatch.setattr("records.LONGEST", 1000)
-    path = tmp_path / "rows"
-    path.write_text(GOOD + "\n" + "x" * 5000 + "\n" + GOOD, encoding="utf-8")
-    rows = dict(scan(path))
-    assert rows[1] == rows[3] and "row 2 is longer" in str(rows[2])
+def test_blocks_of_prompts(tmp_path):
+    (tmp_path / "prompts").write_bytes("\ufeff词汇：猫\r\n特点：对话\r\n \r\n\r\n词汇：狗".encode())
+    assert read_blocks(tmp_path / "prompts") == ["词汇：猫\n特点：对话", "词汇：狗"]
