@@ -7,6 +7,7 @@ An experiment is two functions: `plan_…` yields what it needs, as (name, seed,
 `report_…` makes blocks of the report, and findings, of the results there are. A plan may depend on results that are
 there already: it is asked again after each run.
 
+    pip install -r study/requirements.txt
     python study/reproduce.py --quick             experiments 1 and 2, one seed, 60 steps
     python study/reproduce.py --only 1,4
     python study/reproduce.py lora-sweep          experiment 7: what LoRA needs to reach full fine-tuning
@@ -698,6 +699,7 @@ def check_preset(preset, init):
 
 def main(argv=None):
     args = parse_args(argv)
+    command = " ".join(["python study/reproduce.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         if args.preset:
             check_preset(args.preset, args.init)
@@ -706,7 +708,7 @@ def main(argv=None):
         try:
             work(lab, args.only, args.evaluate and not args.quick)
         finally:  # also of what there is when it is interrupted
-            write_report(lab, args.only, " ".join(["python study/reproduce.py", *(argv or sys.argv[1:])]))
+            write_report(lab, args.only, command)
     except (ValueError, OSError) as e:
         fail(e)
     print(f"{lab.out / 'report.md'}, {lab.out / 'runs.csv'}")

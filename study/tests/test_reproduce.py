@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import STORIES
+from safetensors.torch import load_file
 
 import pretrain
 import sample
 import train_sft
+from checkpoint import WEIGHTS
 from common import has_bf16
 from data import builtin
 from study import reproduce, runs
@@ -150,27 +152,26 @@ def test_a_run_that_was_interrupted_behind_its_last_step_is_finished(toy, tmp_pa
 
 
 def test_a_run_that_was_interrupted_goes_on_from_its_last_save(toy, tmp_path, monkeypatch):
-    whole, again = (runs.Lab(toy[1], toy[3], tmp_path / name, 6) for name in ("whole", "again"))
-    run = whole.sft(1e-3, "bf16-mixed", 1)
+    labs = whole, stopped = [runs.Lab(toy[1], toy[3], tmp_path / name, 6) for name in ("whole", "stopped")]
+    run = whole.sft(1e-3, "bf16-mixed", 1, "--save-every", 2)
     whole.train(run)
-    step, called = runs.Watched.step, []
+    step, made = runs.Watched.step, []
 
     def killed(self):
-        called.append(1)
-        if len(called) == 5:
+        made.append(1)
+        if len(made) == 5:
             raise SystemExit(130)
         step(self)
-    with monkeypatch.context() as patch:
-        patch.setattr(runs.Watched, "step", killed)
-        save_every_2 = runs.Run((*run.argv, "--save-every", "2"))
-        patch.setattr(again, "directory", lambda _: whole.directory(run).parent.parent.parent / "again" / "run")
-        with pytest.raises(SystemExit):
-            again.train(save_every_2)
-        patch.setattr(runs.Watched, "step", step)
-        assert runs.steps_made(again.directory(run) / "model") == 4
-        again.train(save_every_2)
-        a, b = whole.result(run), again.result(save_every_2)
+    monkeypatch.setattr(runs.Watched, "step", killed)
+    with pytest.raises(SystemExit):
+        stopped.train(run)
+    assert runs.steps_made(stopped.directory(run) / "model") == 4
+    stopped.train(run)
+    assert len(made) == 5 + 2
+    a, b = (lab.result(run) for lab in labs)
     assert a["loss"] == b["loss"] and a["unchanged"] == b["unchanged"]
+    averages = [load_file(lab.directory(run) / "ema" / WEIGHTS) for lab in labs]
+    assert all(torch.equal(value, averages[1][name]) for name, value in averages[0].items())
 
 
 def test_a_loss_that_is_not_finite_is_a_result(toy, tmp_path, monkeypatch):
