@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import tokenizer as tokenizers
 from common import (
-    check_writable,
+    check_new,
     command_line,
     fail,
     fraction,
@@ -45,7 +45,6 @@ from constraints import (
     SUMMARY,
     WORDS,
     check,
-    extend_aliases,
     fold,
     has_dialogue,
     parse_record,
@@ -360,36 +359,18 @@ def near_duplicates(texts):
 
 # ---- permute ----
 
-def quotas(records, val, args):
-    """How many rows each record gets: a list. All records of a story are on one side, and share what it may have."""
-    orders = [math.factorial(len(record.constraints)) for record in records]
-    rows = orders if args.permute == "all" else [min(n, args.permute) for n in orders]
-    train = [i for i in range(len(records)) if not val[i]]
-    copies, seen = Counter(records[i].hash for i in train), Counter()
-    each = max(1, round(sum(rows[i] for i in train) / len(copies)))  # so that --balance hardly changes the whole
-    numbers = [1 if of_val else n for of_val, n in zip(val, rows)]
-    for i in train:
-        n, rank = copies[records[i].hash], seen[records[i].hash]
-        seen[records[i].hash] += 1
-        if args.balance:
-            numbers[i] = each // n + (rank < each % n)
-        if args.max_per_story:
-            numbers[i] = min(numbers[i], args.max_per_story // n + (rank < args.max_per_story % n))
-    return numbers
-
-
-def make_rows(record, number, permute, args, tokenizer, df, stories):
-    """Yield so many rows of a record, in different orders of its constraints as long as there are any."""
+def make_rows(record, permute, args, tokenizer, df, stories):
+    """Yield the rows of a record: `permute` ("all" or a number) different orders of its constraints, as far as there
+    are so many; 1 is the order that it has."""
     constraints = dict(record.constraints)
     rng = random.Random(f"{args.seed}-{record.story_id}-{render(constraints)}")
     if constraints.get(WORDS) == []:
         constraints[WORDS] = choose_words(record.story, candidate_words(record.story, tokenizer), df, stories, rng)
     orders = [constraints]
-    if permute:
+    if permute != 1:
         orders = list(permutations(constraints))
         rng.shuffle(orders)
-    for i in range(number):
-        order = orders[i % len(orders)]
+    for order in orders if permute == "all" else orders[:permute]:
         yield {"instruction": render(order), "input": "", "output": record.story, "constraints": order,
                "story_id": record.story_id}
 
@@ -398,16 +379,7 @@ def make_rows(record, number, permute, args, tokenizer, df, stories):
 
 def augment(args):
     """All stages, one after the other. -> the report. Raises ValueError and OSError."""
-    if args.out.exists() and not args.overwrite:
-        raise ValueError(f"--out {args.out} is there already: --overwrite replaces it")
-    if args.out.exists() and not (args.out / "report.json").is_file():
-        raise ValueError(f"--out {args.out} was not made by augment.py, and is not replaced")
-    check_writable(args.out.parent)
-    if args.aliases:
-        try:
-            extend_aliases(json.loads(args.aliases.read_text(encoding="utf-8")))
-        except (ValueError, AttributeError) as e:
-            raise ValueError(f"--aliases {args.aliases}: {e}") from None
+    check_new(args.out, args.overwrite, "report.json")
     base = Path(__file__).parent / "base"
     tokenizer = tokenizers.load(args.tokenizer or base) if "words" in args.extract else None
 
@@ -415,8 +387,7 @@ def augment(args):
                              "leading sentences left out": Counter()}
     records, rejected = read(args, tokenizer, df, report)
     val, clusters, near = split(records, args)
-    numbers = quotas(records, val, args)
-    report |= describe(args, records, val, clusters, near, numbers)
+    report |= describe(args, records, val, clusters, near)
     for name, most in (("rejected", None), ("changed", None), ("leading sentences left out", 5)):
         report[name] = dict(report[name].most_common(most))
 
@@ -425,16 +396,17 @@ def augment(args):
             chosen = [i for i in range(len(records)) if val[i] == of_val]
             write_jsonl(work / f"{name}.jsonl", (
                 row for i in tqdm(chosen, desc=f"writing {name}.jsonl", unit="record", disable=None)
-                for row in make_rows(records[i], numbers[i], not of_val and args.permute != 1, args, tokenizer, df,
-                                     len(records))))
+                for row in make_rows(records[i], 1 if of_val else args.permute, args, tokenizer, df, len(records))))
         write_jsonl(work / "rejected.jsonl", rejected)
         write_json(work / "report.json", report)
     return report
 
 
-def describe(args, records, val, clusters, near, numbers):
+def describe(args, records, val, clusters, near):
     """-> what the report says of split and rows."""
-    train = [(record, n) for record, n, of_val in zip(records, numbers, val) if not of_val]
+    most = math.inf if args.permute == "all" else args.permute
+    train = [(record, min(math.factorial(len(record.constraints)), most))  # and its number of rows
+             for record, of_val in zip(records, val) if not of_val]
     rows = sum(n for _, n in train)
     exposure, by_number, by_kind = Counter(), defaultdict(list), Counter()
     for record, n in train:
@@ -451,7 +423,7 @@ def describe(args, records, val, clusters, near, numbers):
             "records_with_a_near_duplicate": sum(n for n in siblings.values() if n > 1) if near else None,
         },
         "rows": {"before": len(train), "after": rows, "per_record": round(rows / len(train), 3),
-                 "records_without_a_row": sum(n == 0 for _, n in train), "validation": len(records) - len(train)},
+                 "validation": len(records) - len(train)},
         "exposure": {"rows_per_story": {"least": min(exposure.values()), "mean": round(rows / len(exposure), 3),
                                         "most": max(exposure.values())},
                      "mean_by_number_of_constraints": {n: round(sum(ns) / len(ns), 3)
@@ -479,7 +451,6 @@ def parse_args(argv=None):
     flag("--overwrite", action="store_true", help="replace --out")
     flag("--seed", type=not_negative(int), default=1337, help="(default: %(default)s)")
     # reading
-    flag("--aliases", type=Path, help='JSON of more spellings: {"词汇": ["生词"], "对话": ["谈话"], "故事": ["内容"]}')
     flag("--clean", action="store_true", help="mend or drop stories that are cut, repeat sentences, have residue "
                                               "behind them or English in them, and labels that do not hold")
     flag("--keep", type=by_commas, default=(), metavar="CHECK,…",
@@ -493,8 +464,6 @@ def parse_args(argv=None):
     # augmenting
     flag("--permute", type=orders, default="all", metavar="all|K|1",
          help="rows of a record: all orders of its constraints (n!), K distinct ones, or the one it has (default: all)")
-    flag("--max-per-story", type=positive(int), help="at most so many rows of one story")
-    flag("--balance", action="store_true", help="the same number of rows of every story")
     args = parser.parse_args(argv)
     for name, chosen, known in (("--keep", args.keep, CHECKS), ("--extract", args.extract, EXTRACTS)):
         if unknown := set(chosen) - set(known):

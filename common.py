@@ -157,6 +157,18 @@ def check_writable(directory):
         raise OSError(f"cannot write to {directory}: {e.strerror} ({there})") from None
 
 
+def check_new(directory, overwrite, mark):
+    """May `new_directory` make this one? mark: the file that shows that it is an older result of the same command.
+    Raises ValueError and OSError."""
+    directory = Path(directory)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        if not overwrite:
+            raise ValueError(f"--out {directory} is there already: --overwrite replaces it")
+        if not (directory / mark).is_file():
+            raise ValueError(f"--out {directory} has no {mark}, so it is something else, and is not replaced")
+    check_writable(directory.parent)
+
+
 # ---- stopping ----
 
 class StopSignals:

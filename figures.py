@@ -58,3 +58,23 @@ def loss_curves(runs, path, title=None):
     if title:
         fig.suptitle(title, parse_math=False)  # a $ in a file name is no formula
     save(fig, path)
+
+
+def obedience(result, path):
+    """eval.png: the share of stories that meet all of 1, 2, 3, 4 constraints. result: what `evaluate` gives."""
+    fig, ax = subplots(figsize=(7, 4))
+    parts = [("model", result, "o-"), ("ceiling", result["ceiling"], "^--"), ("floor", result["floor"], "s:")]
+    for (label, part, style), colour in zip(parts, COLOURS):
+        if part and part["satisfied"]:
+            rate, lo, hi = zip(*((v["rate"], v["lo"], v["hi"]) for v in part["satisfied"].values()))
+            bounds = [[max(0, r - x) for r, x in zip(rate, lo)], [max(0, x - r) for r, x in zip(rate, hi)]]
+            ax.errorbar([int(k) for k in part["satisfied"]], rate, yerr=bounds, fmt=style, color=colour, capsize=3,
+                        label=label)
+    if independent := result["independent"]:
+        ax.plot([int(k) for k in independent], list(independent.values()), "x", color=COLOURS[-1],
+                label="model, were errors independent")
+    ax.set(xlabel="checkable constraints in the instruction", ylabel="all met (share of stories)", ylim=(-0.03, 1.03),
+           xticks=range(1, 5))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    save(fig, path)

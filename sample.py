@@ -5,8 +5,7 @@
     python sample.py --prompt "从前有一只小猫"
     python sample.py --file prompts.txt --out stories.jsonl
 """
-import argparse
-import json
+import re
 import sys
 import time
 from collections import Counter
@@ -16,10 +15,20 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import find_model, load_model
-from common import fail, pick_device, pick_dtype, write_atomic
-from constraints import LIST_KEYS, WORDS, check, parse
+from common import (
+    check_writable,
+    command_line,
+    fail,
+    not_negative,
+    number,
+    pick_device,
+    pick_dtype,
+    positive,
+    write_jsonl,
+)
+from constraints import LIST_KEYS, check, outcomes, parse
 from dataset import encode_prompt
-from records import read_blocks, read_records, text_field
+from records import instruction_of, read_blocks, read_records
 
 # The study's test cases: shown, never trained on.
 TWO_WORDS = "词汇：铲子，草地"
@@ -38,7 +47,8 @@ CASES = [
     ("instruction", f"{TWO_WORDS}\n{ANT}", COMBINED),
     ("instruction", f"{TWO_WORDS}\n{CLOUDS}\n{ANT}", COMBINED),
 ]
-BATCH = 64  # prompts of a file that are continued at once
+BATCH = 64  # prompts that are continued at once
+JSON = re.compile(r"\s*(\{|\[\s*[{\]])")  # how a file of records begins; [词汇]：… is the text of a prompt
 
 
 def encode_request(tokenizer, kind, text, block_size):
@@ -50,16 +60,31 @@ def encode_request(tokenizer, kind, text, block_size):
     return ids
 
 
-def verdicts(instruction, story):
-    """Which checkable constraints are met, as a line to print: ✓ 词汇 铲子  ✗ 随机句子. Empty if none is checkable."""
-    marks = []
-    for key, met in check(story, parse(instruction)[0]).items():
-        named = {f"{key} {name}": ok for name, ok in met.items()} if key in LIST_KEYS else {key: met}
-        marks += [f"{'✓' if ok else '✗'} {name}" for name, ok in named.items() if ok is not None]
-    return "  ".join(marks)
+def checked(instruction, story):
+    """-> which constraints of the instruction the story meets, as `constraints.check` gives them."""
+    return check(story, parse(instruction)[0])
 
 
-def tell(model, tokenizer, kind, text, max_new_tokens, seed, sampling):
+def marks(met):
+    """What `check` found, as a line to print: ✓ 词汇 铲子  ✗ 随机句子. Empty if no rule can tell."""
+    found = []
+    for key, value in met.items():
+        named = {f"{key} {name}": ok for name, ok in value.items()} if key in LIST_KEYS else {key: value}
+        found += [f"{'✓' if ok else '✗'} {name}" for name, ok in named.items() if ok is not None]
+    return "  ".join(found)
+
+
+def counts(results):
+    """[what `check` found in a story] -> how often each constraint is met, of the times a rule can tell."""
+    met, of = Counter(), Counter()
+    for result in results:
+        for name, known in outcomes(result).items():
+            met[name] += sum(known)
+            of[name] += len(known)
+    return ", ".join(f"{name} {met[name]}/{of[name]}" for name in of)
+
+
+def print_story(model, tokenizer, kind, text, max_new_tokens, seed, sampling):
     """Print one prompt, its story as it comes, and which constraints the story meets."""
     prompt = encode_request(tokenizer, kind, text, model.config.block_size)
     print("─" * 60)
@@ -70,15 +95,15 @@ def tell(model, tokenizer, kind, text, max_new_tokens, seed, sampling):
         print(piece, end="", flush=True)
         story += piece
     print()
-    if kind == "instruction" and verdicts(text, story):
-        print("\n" + verdicts(text, story))
+    if kind == "instruction" and (line := marks(checked(text, story))):
+        print("\n" + line)
 
 
 def print_cases(model, tokenizer, max_new_tokens=400, seed=1337):
     """The study's eight test cases, each with the study's own sampling values."""
     for kind, text, sampling in CASES:
         try:
-            tell(model, tokenizer, kind, text, max_new_tokens, seed, sampling)
+            print_story(model, tokenizer, kind, text, max_new_tokens, seed, sampling)
         except ValueError as e:  # a model of a very short context
             print(f"{text}\n({e})")
 
@@ -86,32 +111,12 @@ def print_cases(model, tokenizer, max_new_tokens=400, seed=1337):
 def read_prompts(path):
     """JSONL instruction records, or blocks of lines separated by blank lines -> list of instructions."""
     with open(path, encoding="utf-8-sig", errors="replace") as f:
-        is_json = f.read(4096).lstrip()[:1] in ("{", "[")
-    if is_json:
-        prompts = []
-        for row, record in read_records(path):
-            parts = [text_field(path, row, record, ["instruction"]),
-                     text_field(path, row, record, ["input"], required=False)]
-            prompts.append("\n".join(filter(None, parts)))
-    else:
-        prompts = read_blocks(path)
+        is_json = JSON.match(f.read(4096))
+    prompts = ([instruction_of(path, row, record) for row, record in read_records(path)] if is_json
+               else read_blocks(path))
     if not prompts:
         raise ValueError(f"{path}: no prompts")
     return prompts
-
-
-def tally(stories):
-    """[(instruction, story)] -> how many stories meet a constraint, of those where a rule can tell; for 词汇 all the
-    words, and then the words one by one."""
-    met, of = Counter(), Counter()
-    for instruction, story in stories:
-        for key, result in check(story, parse(instruction)[0]).items():
-            told = [ok for ok in (result.values() if key in LIST_KEYS else [result]) if ok is not None]
-            counts = {key: [all(told)] if told else []} | ({"each word": told} if key == WORDS else {})
-            for name, oks in counts.items():
-                met[name] += sum(oks)
-                of[name] += len(oks)
-    return ", ".join(f"{name} {met[name]}/{of[name]}" for name in of if of[name])
 
 
 def generate_all(model, prompts, eos_id, seed, sampling, quiet=None):
@@ -120,40 +125,38 @@ def generate_all(model, prompts, eos_id, seed, sampling, quiet=None):
     sampling: what `GPT.generate` takes. quiet: True hides the progress bar, None shows it on a terminal only.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [None] * len(prompts)
+    continued = [None] * len(prompts)
     with tqdm(total=len(prompts), unit="story", disable=quiet) as bar:
         for start in range(0, len(order), BATCH):
             rows = order[start:start + BATCH]
-            told = model.generate([prompts[i] for i in rows], eos_id=eos_id, seed=seed + start, **sampling)
-            for i, ids in zip(rows, told):
-                texts[i] = ids
+            batch = model.generate([prompts[i] for i in rows], eos_id=eos_id, seed=seed + start, **sampling)
+            for i, ids in zip(rows, batch):
+                continued[i] = ids
             bar.update(len(rows))
-    return texts
+    return continued
 
 
-def tell_file(model, tokenizer, prompts, max_new_tokens, seed, sampling, out):
-    """Continue many instructions, a batch at a time; print the stories, or write JSONL records to the file `out`."""
-    encoded = [encode_request(tokenizer, "instruction", text, model.config.block_size) for text in prompts]
-    start_time = time.perf_counter()
-    texts = generate_all(model, encoded, tokenizer.eos_id, seed, sampling | {"max_new_tokens": max_new_tokens})
-    stories, tokens = [tokenizer.decode(ids) for ids in texts], sum(map(len, texts))
-    seconds = time.perf_counter() - start_time
+def continue_file(model, tokenizer, instructions, max_new_tokens, seed, sampling, out):
+    """Write a story for each of many instructions, a batch at a time; print them, or write JSONL records to `out`."""
+    prompts = [encode_request(tokenizer, "instruction", text, model.config.block_size) for text in instructions]
+    start = time.perf_counter()
+    continued = generate_all(model, prompts, tokenizer.eos_id, seed, sampling | {"max_new_tokens": max_new_tokens})
+    seconds, tokens = time.perf_counter() - start, sum(map(len, continued))
+    stories = [tokenizer.decode(ids) for ids in continued]
+    met = [checked(text, story) for text, story in zip(instructions, stories)]
     print(f"{len(stories)} stories, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s; met: "
-          f"{tally(zip(prompts, stories)) or 'nothing that can be checked'}", file=sys.stderr)
+          f"{counts(met) or 'nothing that can be checked'}", file=sys.stderr)
     if out is None:
-        for text, story in zip(prompts, stories):
-            print("─" * 60, text, "", story, "", verdicts(text, story), sep="\n")
+        for text, story, result in zip(instructions, stories, met):
+            print("─" * 60, text, "", story, "", marks(result), sep="\n")
         return
-    lines = [json.dumps({"instruction": text, "output": story, "met": check(story, parse(text)[0])},
-                        ensure_ascii=False) + "\n" for text, story in zip(prompts, stories)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, lambda p: p.write_text("".join(lines), encoding="utf-8"))
+    write_jsonl(out, ({"instruction": text, "output": story, "met": result}
+                      for text, story, result in zip(instructions, stories, met)))
     print(f"{len(stories)} stories -> {out}")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Write stories. Without a prompt: the study's eight test cases.")
-    parser.error = fail  # without argparse's lines of usage
+    parser = command_line("Write stories. Without a prompt: the study's eight test cases.")
     parser.add_argument("--ckpt", nargs="?", type=Path, help="model directory (default: out/sft, else the base model)")
     parser.add_argument("--adapter", type=Path, help="LoRA adapter directory, put on --ckpt")
     parser.add_argument("--adapter-scale", type=float, default=1.0,
@@ -165,50 +168,46 @@ def parse_args(argv=None):
     parser.add_argument("--file", type=Path, help="JSONL instruction records, or blocks separated by blank lines")
     parser.add_argument("--out", type=Path, help="with --file: write JSONL records here")
     # sampling
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 is argmax (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.9, help="in (0, 1] (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=30, help="0 is off (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=400, help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=not_negative(float), default=0.2,
+                        help="0 is argmax (default: %(default)s)")
+    parser.add_argument("--top-p", type=number(float, lambda p: 0 < p <= 1, "is outside (0, 1]"), default=0.9,
+                        help="in (0, 1] (default: %(default)s)")
+    parser.add_argument("--top-k", type=not_negative(int), default=30, help="0 is off (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive(int), default=400, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
     # machine
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.add_argument("--dtype", choices=["32-true", "bf16-true"], default="32-true", help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    if not args.temperature >= 0:
-        parser.error(f"--temperature {args.temperature} is below 0")
-    if not 0 < args.top_p <= 1:
-        parser.error(f"--top-p {args.top_p} is outside (0, 1]")
-    if args.top_k < 0:
-        parser.error(f"--top-k {args.top_k} is below 0")
-    if args.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens {args.max_new_tokens} is below 1")
     if args.out and (not args.file or args.out.is_dir()):
-        parser.error("--out is a file, and goes with --file")
+        fail("--out is a file, and goes with --file")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k or None}
-    asked = [("instruction", text.replace("\\n", "\n")) for text in args.instruction]
-    asked += [("prompt", text) for text in args.prompt]
+    requests = [("instruction", text.replace("\\n", "\n")) for text in args.instruction]
+    requests += [("prompt", text) for text in args.prompt]
     try:
+        if args.out:
+            check_writable(args.out.parent)  # before the work
         ckpt = find_model(args.ckpt, args.adapter)
         device = pick_device(args.device)
         model, tokenizer = load_model(ckpt, args.adapter, args.adapter_scale)
         model.to(device, torch.bfloat16 if pick_dtype(args.dtype, device) == "bf16-true" else torch.float32).eval()
-        prompts = read_prompts(args.file) if args.file else []
-        for kind, text in [*asked, *(("instruction", text) for text in prompts)]:
+        instructions = read_prompts(args.file) if args.file else []
+        for kind, text in [*requests, *(("instruction", text) for text in instructions)]:
             encode_request(tokenizer, kind, text, model.config.block_size)  # before the first story is written
+        print(f"{ckpt}: {model.num_params():,} parameters", file=sys.stderr)
+        if instructions:
+            continue_file(model, tokenizer, instructions, args.max_new_tokens, args.seed, sampling, args.out)
+        for kind, text in requests:
+            print_story(model, tokenizer, kind, text, args.max_new_tokens, args.seed, sampling)
+        if not instructions and not requests:
+            print_cases(model, tokenizer, args.max_new_tokens, args.seed)
     except (ValueError, OSError) as e:
         fail(e)
-    print(f"{ckpt}: {model.num_params():,} parameters", file=sys.stderr)
-    if prompts:
-        tell_file(model, tokenizer, prompts, args.max_new_tokens, args.seed, sampling, args.out)
-    for kind, text in asked:
-        tell(model, tokenizer, kind, text, args.max_new_tokens, args.seed, sampling)
-    if not prompts and not asked:
-        print_cases(model, tokenizer, args.max_new_tokens, args.seed)
 
 
 if __name__ == "__main__":

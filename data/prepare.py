@@ -31,7 +31,8 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import tokenizer as tokenizers  # noqa: E402
-from common import check_writable, command_line, fail, new_directory, positive, write_json  # noqa: E402
+from checkpoint import save_tokenizer  # noqa: E402
+from common import check_new, command_line, fail, new_directory, positive, write_json  # noqa: E402
 from records import RowError, place, scan_stream, text_field  # noqa: E402
 
 TINYSTORIES = "tinystories-zh"
@@ -150,11 +151,7 @@ def write_tokens(path, parts):
 
 def prepare(args):
     """All of it -> the manifest. Raises ValueError and OSError."""
-    if args.out.exists() and not args.overwrite:
-        raise ValueError(f"--out {args.out} is there already: --overwrite replaces it")
-    if args.out.exists() and not (args.out / "manifest.json").is_file():
-        raise ValueError(f"--out {args.out} was not made by data/prepare.py, and is not replaced")
-    check_writable(args.out.parent)
+    check_new(args.out, args.overwrite, "manifest.json")
     tokenizer = tokenizers.load(args.tokenizer)
     sources = [find(name, args) for name in args.sources]
     with new_directory(args.out) as work:
@@ -183,7 +180,7 @@ def prepare(args):
                 raise ValueError("all stories are the same one, and it is held out: none is left to train on")
             size, manifest["sha256"][f"{side}.bin"] = write_tokens(work / f"{side}.bin", parts)
             manifest["stories"][side], manifest["tokens"][side] = len(parts), size // tokenizer.dtype.itemsize
-        tokenizer.save(work)
+        save_tokenizer(work, tokenizer)
         manifest["sha256"]["tokenizer.model"] = hashlib.sha256(tokenizer.files["tokenizer.model"]).hexdigest()
         if args.instructions:
             import augment  # here, because augment.py stands below data/ in the order of the files

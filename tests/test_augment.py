@@ -111,21 +111,6 @@ def test_parse_undoes_render_in_every_order(record, story):
             assert list(parse_record(text)[0]) == list(order)
 
 
-def test_more_aliases(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(constraints, "KEY_OF", dict(constraints.KEY_OF))
-    monkeypatch.setattr(constraints, "FEATURE_OF", dict(constraints.FEATURE_OF))
-    (tmp_path / "a.json").write_text('{"词汇": ["生词"], "对话": ["谈话"], "故事": ["内容"]}', encoding="utf-8")
-    path = tmp_path / "in"
-    path.write_text(f"生词：铲子\n特点：谈话\n内容：{STORY}", encoding="utf-8")
-    train, *_ = run(tmp_path, path, "--aliases", tmp_path / "a.json", "--permute", "1", "--val-fraction", "0")
-    assert one_by_one(train) == [({"词汇": ["铲子"], "特点": ["对话"]}, STORY)]
-    for content, said in (('{"颜色": ["色"]}', "颜色"), ('{"词汇": "生词"}', "list"), ('{"词汇": ["特点"]}', "already"),
-                          ("[1]", "list"), ("{", "line 1")):
-        (tmp_path / "a.json").write_text(content, encoding="utf-8")
-        refused(augment.main, [path, "--out", tmp_path / "x", "--aliases", tmp_path / "a.json"], "a.json", said)
-    assert not (tmp_path / "x").exists()
-
-
 # ---- split ----
 
 def numbered(n, seed=0):
@@ -227,9 +212,7 @@ def counts(rows):
 @pytest.mark.parametrize("flags, expected", [
     (["--permute", "1"], {1: [1], 2: [1], 3: [1], 4: [1]}),
     (["--permute", "3"], {1: [1], 2: [2], 3: [3], 4: [3]}),
-    (["--max-per-story", "5"], {1: [1], 2: [2], 3: [5], 4: [5]}),
-    (["--balance"], {1: [4], 2: [4], 3: [4], 4: [4]}),
-    (["--balance", "--max-per-story", "2"], {1: [2], 2: [2], 3: [2], 4: [2]}),
+    (["--permute", "all"], {1: [1], 2: [2], 3: [6], 4: [24]}),
 ])
 def test_how_often_a_story_is_seen(tmp_path, flags, expected):
     rows = numbered(60)
@@ -238,19 +221,11 @@ def test_how_often_a_story_is_seen(tmp_path, flags, expected):
     assert counts(train) == expected
     assert report["exposure"]["mean_by_number_of_constraints"] == {str(n): of[0] for n, of in expected.items()}
     distinct = len({(row["instruction"], row["output"]) for row in train})
-    assert distinct == len(train) if "--balance" not in flags else distinct < len(train)
+    assert distinct == len(train)
     if "1" in flags:
         assert [row["instruction"] for row in train] == [row["instruction"] for row in rows]  # as it was
     else:
         assert len({tuple(row["constraints"]) for row in train if len(row["constraints"]) == 4}) > 4
-
-
-def test_records_of_one_story_share_its_rows(tmp_path):
-    rows = numbered(15)
-    write(tmp_path / "in", rows + [rows[14] | {"instruction": "特点：伏笔"}])
-    train, *_ = run(tmp_path, tmp_path / "in", "--val-fraction", "0", "--max-per-story", "7")
-    of_twice = [row for row in train if row["output"] == rows[14]["output"]]
-    assert 4 < len(of_twice) <= 7 and sum("伏笔" in row["instruction"] for row in of_twice) == 1
 
 
 def test_same_seed_same_bytes(tmp_path):
@@ -422,11 +397,12 @@ def test_mistakes_are_one_line_and_leave_what_is_there(tmp_path, refused):
     assert set(before) == {"train.jsonl", "val.jsonl", "rejected.jsonl", "report.json"}
     refused(augment.main, [path, "--out", out], "--overwrite")
     (tmp_path / "mine").mkdir()
-    refused(augment.main, [path, "--out", tmp_path / "mine", "--overwrite"], "mine", "not made by augment.py")
+    (tmp_path / "mine" / "notes.txt").touch()
+    refused(augment.main, [path, "--out", tmp_path / "mine", "--overwrite"], "mine", "is not replaced")
     refused(augment.main, [path, "--out", path / "x"], "cannot write to", path)
     refused(augment.main, [tmp_path / "missing", "--out", out, "--overwrite"], "missing")
     for flag, value in (("--permute", "0"), ("--permute", "some"), ("--keep", "all"), ("--extract", "summary"),
-                        ("--val-fraction", "1"), ("--max-per-story", "-1")):
+                        ("--val-fraction", "1")):
         refused(augment.main, [path, "--out", out, "--overwrite", flag, value], flag)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert {p.name for p in tmp_path.iterdir()} == {"in", "out", "mine"}

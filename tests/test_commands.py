@@ -114,7 +114,7 @@ def test_the_eight_cases_are_the_default(say):
         assert text in out
 
 
-def test_cases_that_do_not_fit_are_told_so(tok, capsys):
+def test_cases_that_do_not_fit_say_so(tok, capsys):
     sample.print_cases(random_model(tiny_config(tok.vocab_size, block_size=24)), tok)
     assert "no room" in capsys.readouterr().out
 
@@ -162,11 +162,31 @@ def test_files_of_prompts(say, tok, tmp_path, content):
     rows = [json.loads(line) for line in open(out, encoding="utf-8")]
     assert [r["instruction"] for r in rows] == ["词汇：铲子，草地\n特点：对话", "摘要：一只猫"]
     assert set(rows[0]["met"]) == {"词汇", "特点"} and "铲子" in out.read_text(encoding="utf-8")
-    told = [("词汇：猫，狗\n特点：对话，转折", "猫和狗。"), ("词汇：猫，狗", "猫。"), ("摘要：猫", "")]
-    assert sample.tally(told) == "词汇 1/2, each word 3/4, 特点 0/1"
+    met = [sample.checked(*pair) for pair in (
+        ("词汇：猫，狗\n特点：对话，转折", "猫和狗。"), ("词汇：猫，狗", "猫。"), ("摘要：猫", ""))]
+    assert sample.counts(met) == "词汇 1/2, 每个词 3/4, 特点 0/1, 特点 对话 0/1" and sample.counts(met[2:]) == ""
+    assert sample.marks(met[0]) == "✓ 词汇 猫  ✓ 词汇 狗  ✗ 特点 对话" and sample.marks(met[2]) == ""
     assert rows[0]["output"] != rows[1]["output"]
     for row in rows:  # batched equals one by one
         assert row["output"] in say("--instruction", row["instruction"], "--temperature", "0", "--ckpt", model)
+
+
+def test_no_character_crashes_the_output(model_dir, tmp_path):
+    (tmp_path / "prompts").write_text("词汇：铲子，草地\n特点：对话", encoding="utf-8")
+    for what in (["--instruction", "词汇：铲子，草地"], ["--file", tmp_path / "prompts"]):  # ✓ and ✗ are not in GBK
+        argv = [sys.executable, "sample.py", "--ckpt", model_dir, "--device", "cpu", "--max-new-tokens", "3", *what]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, env={"PYTHONIOENCODING": "gbk"})
+        assert done.returncode == 0, done.stderr.decode("gbk")
+        assert "? 词汇 铲子" in done.stdout.decode("gbk")
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(model_dir, tmp_path, monkeypatch, refused):
+    (tmp_path / "prompts").write_text("词汇：铲子，草地", encoding="utf-8")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sample, "load_model", lambda *_: pytest.fail("work has begun"))
+    for folder in (tmp_path / "file", "/proc/nowhere"):  # tests may run as root, who may write everywhere else
+        refused(sample.main, ["--ckpt", model_dir, "--file", tmp_path / "prompts", "--out", f"{folder}/stories.jsonl"],
+                "cannot write", folder)
 
 
 def test_output_streams_through_a_pipe_in_utf8(model_dir):
@@ -175,13 +195,21 @@ def test_output_streams_through_a_pipe_in_utf8(model_dir):
     assert done.returncode == 0 and "小猫" in done.stdout.decode("utf-8")
 
 
+def test_a_prompt_may_begin_with_a_bracket(tmp_path):
+    path = tmp_path / "prompts"
+    path.write_text("[词汇]：铲子\n\n摘要：猫。", encoding="utf-8")
+    assert sample.read_prompts(path) == ["[词汇]：铲子", "摘要：猫。"]
+    path.write_text('[ {"instruction": "词汇：铲子", "input": "摘要：猫。"} ]', encoding="utf-8")
+    assert sample.read_prompts(path) == ["词汇：铲子\n摘要：猫。"]
+
+
 # ---- bad input: one line, exit code 2, nothing written ----
 
 BAD_FLAGS = [
     (sample, ["--temperature", "-0.1"], "--temperature"), (sample, ["--temperature", "nan"], "--temperature"),
     (sample, ["--top-p", "0"], "--top-p"), (sample, ["--top-p", "1.5"], "--top-p"),
-    (sample, ["--top-k", "-1"], "--top-k"),
-    (sample, ["--max-new-tokens", "0"], "--max-new-tokens"), (sample, ["--out", "x.jsonl"], "--file"),
+    (sample, ["--top-k", "-1"], "--top-k"), (sample, ["--max-new-tokens", "0"], "--max-new-tokens"),
+    (sample, ["--out", "x.jsonl"], "--file"), (sample, ["--guidance-scale", "1.5"], "--guidance-scale"),
     (sample, ["--dtype", "fp8"], "--dtype"), (sample, ["--device", "abacus"], "--device"),
     (sample, ["--ckpt", "nowhere"], "nowhere"), (sample, ["--file", "nowhere.txt"], "nowhere.txt"),
     (sample, ["--nonsense"], "--nonsense"), (sample, ["--instruction", "长" * 300], "no room"),

@@ -13,6 +13,7 @@ from constraints import (
     has_dialogue,
     normalize,
     parse,
+    parse_record,
     permutations,
     render,
     sentences,
@@ -54,6 +55,103 @@ def test_keys_count_at_the_start_of_a_line_only():
 ])
 def test_what_people_write(text, expected):
     assert parse(text)[0] == expected
+
+
+TWO = {"词汇": ["铲子", "草地"]}
+
+
+@pytest.mark.parametrize("text", [
+    "词汇：铲子，草地。", "词汇：铲子、草地！", "词汇：铲子，草地……", "词汇：铲子，草地．",
+    "词汇：“铲子”，“草地”", "词汇：“铲子，草地。”", '词汇："铲子", "草地"', "词汇：'铲子'，‘草地’。",
+    "词汇：「铲子」，『草地』", "词汇：“铲子”“草地”", "词汇：「铲子」「草地」。",
+    "词汇：《铲子》、【草地】", '词汇：["铲子", "草地"]', "词汇：['铲子', '草地']", "词汇：[铲子，草地]。",
+    "词汇：**铲子**，`草地`", "词汇：\n- 铲子\n• 草地", "词汇：\u200b铲子\u200b，\ufeff草地\u00ad"])
+def test_marks_around_words_are_no_part_of_them(text):
+    assert parse(text)[0] == TWO
+    assert normalize(text) == "词汇：铲子，草地"
+
+
+def test_what_belongs_to_a_word_stays():
+    for word in ("T恤", "C++", ".NET", "3.5", "小明（猫）", "don't", "Jean-Luc", "冰：雪", "A/B"):
+        assert parse(f"词汇：{word}，铲子")[0] == {"词汇": [word, "铲子"]}
+
+
+@pytest.mark.parametrize("line", [
+    "\u200b词汇：铲子，草地", "\ufeff词汇：铲子，草地", "词\u200d汇：铲子，草地", "词\u00ad汇\u200b：铲子，草地",
+    "词 汇：铲子，草地", "\u3000词汇\u3000：\u3000铲子，草地",
+    "**词汇**：铲子，草地", "**词汇：**铲子，草地", "**词汇：** 铲子，草地", "**词汇：铲子，草地**",
+    "__词汇__：铲子，草地",
+    "*词汇*：铲子，草地", "`词汇`：铲子，草地", "- **词汇**: 铲子，草地",
+    "- 词汇：铲子，草地", "-词汇：铲子，草地", "* 词汇：铲子，草地", "+ 词汇：铲子，草地",
+    "• 词汇：铲子，草地", "·词汇：铲子，草地",
+    "1. 词汇：铲子，草地", "1.词汇：铲子，草地", "12. **词汇**：铲子，草地", "**1. 词汇**：铲子，草地",
+    "1、词汇：铲子，草地",
+    "1) 词汇：铲子，草地", "1）词汇：铲子，草地", "（1）词汇：铲子，草地", "(1) 词汇：铲子，草地",
+    "①词汇：铲子，草地",
+    "一、词汇：铲子，草地", "（一）词汇：铲子，草地",
+    "# 词汇：铲子，草地", "## 词汇：铲子，草地", "### **词汇**：铲子，草地", "> 词汇：铲子，草地",
+    "> - 词汇：铲子，草地",
+    "【词汇】铲子，草地", "【词汇】：铲子，草地", "【词汇】 铲子，草地", "**【词汇】**铲子，草地",
+    "1. 【词汇】铲子，草地",
+    "[词汇]：铲子，草地", "「词汇」：铲子，草地", "“词汇”：铲子，草地", '"词汇": "铲子", "草地"',
+    "《词汇》：铲子，草地",
+    "（词汇）：铲子，草地",
+    "詞彙：铲子，草地", "關鍵詞：铲子，草地", "單詞：铲子，草地", "【關鍵詞】铲子，草地",
+    "Ｗｏｒｄｓ：铲子，草地", "WORDS﹕铲子，草地", "Key words: 铲子，草地", "**Words:** 铲子, 草地"])
+def test_marks_around_a_key_are_read_as_meant(line):
+    for text in (line, f"请写一个故事。\n\n{line}", f"特点：对话\n{line}\n摘要：小猫。"):
+        assert parse(text)[0]["词汇"] == ["铲子", "草地"]
+    assert normalize(line) == "词汇：铲子，草地"
+
+
+@pytest.mark.parametrize("line, key", [
+    ("摘要", "摘要"), ("總結", "摘要"), ("总结", "摘要"), ("隨機句子", "随机句子"), ("隨機語句", "随机句子"),
+    ("句子", "随机句子"), ("Random_Sentence", "随机句子"), ("randomsentence", "随机句子"), ("ＳＵＭＭＡＲＹ", "摘要")])
+@pytest.mark.parametrize("before, behind", [
+    ("", "："), ("**", "**："), ("**", "：**"), ("- ", "："), ("1. ", "："), ("【", "】"), ("【", "】："),
+    ("## ", "："), ("\u200b", "："), ("「", "」:")])
+def test_what_is_asked_stays_as_it_is_written(line, key, before, behind):
+    for value in ("“真好，”小狗说，“走吧！”", "《春天》- 第1天：天很蓝；云很白……", "**不要**停下。", "1. 开头",
+                  "“词汇”这个词很长。"):
+        assert parse(before + line + behind + value)[0] == {key: value}
+
+
+def test_a_line_in_bold_ends_where_its_text_does():
+    assert parse("摘要：\u200b小狗迷路了。\ufeff\n\u200b")[0] == {"摘要": "小狗迷路了。"}
+    assert parse("摘要：\u200b") == ({}, "")
+    assert parse("**摘要：小狗迷路了。**")[0] == {"摘要": "小狗迷路了。"}
+    assert parse("**摘要：** 小狗迷路了。")[0] == {"摘要": "小狗迷路了。"}
+
+
+def test_features_in_every_spelling():
+    traditional = "對話，轉折、壞結局；道德價值 伏筆，衝突。"
+    for text in (f"特點：{traditional}", "特点：“对话”、“转折”，[坏结局]，**道德价值**，伏笔。，冲突！",
+                 "Features: Dialogue, Twist, Bad Ending, MoralValue, Foreshadowing, Ｃｏｎｆｌｉｃｔ."):
+        assert parse(text)[0] == {"特点": list(FEATURES)}
+    assert parse("特点：悬疑。")[0] == {"特点": ["悬疑"]}
+
+
+def test_several_keys_in_one_line():
+    assert parse("词汇：铲子，草地；特点：对话")[0] == {**TWO, "特点": ["对话"]}
+    assert parse("摘要：小狗迷路了；词汇：铲子，草地; **特点**：转折；对话；句子：天很蓝；云很白。")[0] == {
+        "摘要": "小狗迷路了", **TWO, "特点": ["转折", "对话"], "随机句子": "天很蓝；云很白。"}
+    assert parse("请写一个故事；词汇：铲子，草地") == (TWO, "请写一个故事")
+    assert parse_record("词汇：铲子；故事：他说；总结：好。\n他又说；总结：好。\n特点：对话；词汇：草地") == (
+        {**TWO, "特点": ["对话"]}, "", "他说；总结：好。\n他又说；总结：好。")
+
+
+@pytest.mark.parametrize("text", [
+    "“词汇：铲子，草地”", "“词汇：大、小。”老师说。", "（词汇：铲子）", "【词汇：铲子", "「词汇”：铲子",
+    "词汇】铲子",
+    "【词汇表】铲子", "词汇表：铲子", "词汇 铲子", "[词汇] 铲子", "（词汇）铲子", "- 词汇 铲子",
+    "词，汇：铲子", "新词汇：铲子",
+    "他说：词汇：铲子", "它学了很多词汇：大、小。", "1. 小猫，词汇：铲子", "*" * 70, "_" * 70 + "：",
+    "- " * 40 + "：", "：铲子", "；；",
+    "天很蓝；【总结】好", "他学了词汇；它的特点是慢。", "“你好；词汇”：铲子", "天很蓝；（总结：好）"])
+def test_what_is_no_key(text):
+    assert parse(text) == ({}, text)
+    assert normalize(text) == text
+    assert parse("摘要：小猫" + text)[0] == {"摘要": "小猫" + text}
 
 
 def test_normalize_is_what_the_model_is_trained_on():
@@ -99,7 +197,8 @@ def test_hypothesis_round_trip():
 @pytest.mark.parametrize("text, speaks", [
     ("他说：“好”", True), ("“救命！”小狗叫起来。", True), ("他说“好”，就走了", True), ("「好。」", True),
     ('"快跑，"他喊。', True), ("他问：”什么“", True),
-    ("一只叫“点点”的小狗", False), ("他造了一座“桥”。", False), ("他说不行。", False), ("", False), ("“”", False),
+    ("一只叫“点点”的小狗", False), ("他造了一座“桥”。", False), ("他说不行。", False), ("", False),
+    ("“”", False),
 ])
 def test_dialogue(text, speaks):
     assert has_dialogue(text) is speaks
@@ -138,7 +237,8 @@ def test_real_instructions_hold(real_data):
 
 def test_orders_and_omissions_are_drawn():
     rng = random.Random(0)
-    text = "请写一个故事。\n" + render({"词汇": ["铲子"], "特点": ["对话"], "摘要": "小猫。", "随机句子": "天空很蓝。"})
+    text = "请写一个故事。\n" + render({"词汇": ["铲子"], "特点": ["对话"], "摘要": "小猫。",
+    "随机句子": "天空很蓝。"})
     seen = [vary(text, rng, True, 0.0) for _ in range(400)]
     assert len(set(seen)) == 24 and {frozenset(t.split("\n")) for t in seen} == {frozenset(text.split("\n"))}
     assert all(t.startswith("请写一个故事。\n") for t in seen)
@@ -146,5 +246,6 @@ def test_orders_and_omissions_are_drawn():
     fewer = [parse(vary(text, rng, False, 0.5))[0] for _ in range(4000)]
     assert all(list(c) == [key for key in parse(text)[0] if key in c] for c in fewer)  # in the order as it is
     sizes = [sum(len(c) == n for c in fewer) / 4000 for n in range(5)]
-    assert sizes[0] == 0 and sizes[4] == pytest.approx(1 / 16, abs=0.02) and sizes[1] == pytest.approx(5 / 16, abs=0.03)
+    assert sizes[0] == 0 and sizes[4] == pytest.approx(1 / 16,
+    abs=0.02) and sizes[1] == pytest.approx(5 / 16, abs=0.03)
     assert vary("写一个故事", rng, True, 0.9) == "写一个故事"

@@ -1,33 +1,32 @@
 """evaluate.py: planted cases for every rule, what must score 1 and what 0, the intervals, the command."""
+import functools
 import json
 import os
-import random
+import subprocess
+import sys
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, tiny_config
+from conftest import ROOT, random_model, tiny_config
 
 import evaluate
-import pretrain
-import train_sft
+import figures
 from checkpoint import save_model
-from constraints import KEYS, common_subsequence, overlap, parse, render, rouge_l, tells
-from data import books
+from constraints import KEYS, check, overlap, parse, render, tells
+from data import books, builtin
 from evaluate import (
     add_rivals,
     builtin_rows,
-    highest_rouge2,
+    checkable,
     interval,
-    judge,
-    longest_common,
+    met,
     obedience,
-    order_spread,
-    piece_losses,
     plain_loss,
     read_rows,
     repetition,
-    verdicts,
+    table,
 )
 from pretrain import train_tokenizer
 from sample import CASES
@@ -41,7 +40,7 @@ def row(constraints, story=None, rivals=("小狗过生日，收到了许多礼�
     return {"constraints": constraints, "story": story, "rivals": list(rivals)}
 
 
-@pytest.mark.parametrize("kind, story, met", [
+@pytest.mark.parametrize("kind, story, expected", [
     (None, MEETS, True),
     ("词汇", MEETS.replace("皮球", "皮毬"), False),
     ("词汇", MEETS.replace("皮球", "皮\n球"), False),  # across a line break it is not the word
@@ -52,33 +51,33 @@ def row(constraints, story=None, rivals=("小狗过生日，收到了许多礼�
     ("随机句子", MEETS + MEETS, True),  # twice is there too
     ("摘要", "小狗过生日，收到了许多礼物。", False),
     *[(key, "", False) for key in KEYS]])
-def test_planted_cases(kind, story, met):
-    verdict = judge(verdicts(row(ALL), story))
-    assert all(verdict.values()) if kind is None else verdict[kind] is met
+def test_planted_cases(kind, story, expected):
+    found = met(row(ALL), story)
+    assert set(found) == {*KEYS, "每个词", "特点 对话"}
+    assert all(found[key] == [True] for key in KEYS) if kind is None else found[kind] == [expected]
 
 
 def test_what_no_rule_can_tell():
-    assert judge(verdicts(row({"特点": ["转折"]}), MEETS)) == {"特点": None}
-    assert judge(verdicts(row({"特点": ["转折", "对话"]}), MEETS)) == {"特点": True}
-    assert judge(verdicts(row({"摘要": "小猫。"}, rivals=()), MEETS)) == {"摘要": None}
+    assert met(row({"特点": ["转折"]}), MEETS) == {}
+    assert met(row({"特点": ["转折", "对话"]}), MEETS) == {"特点": [True], "特点 对话": [True]}
+    assert met(row({"摘要": "小猫。"}, rivals=()), MEETS) == {}
+    assert met(row({"词汇": ["皮球", "大海"]}), MEETS) == {"词汇": [False], "每个词": [True, False]}
 
 
 def test_a_detector_tells_the_features_it_knows_and_only_those():
     def detect(story):
         return {"转折": "没想到" in story}
     asked = row({"特点": ["转折", "对话", "伏笔"], "词汇": ["皮球"]})
-    assert verdicts(asked, MEETS, detect)["特点"] == {"转折": False, "对话": True, "伏笔": None}
-    assert judge(verdicts(asked, MEETS, detect)) == {"特点": False, "词汇": True}
+    assert check(MEETS, asked["constraints"], detect=detect)["特点"] == {"转折": False, "对话": True, "伏笔": None}
+    found = met(asked, MEETS, detect)
+    assert found["特点"] == [False] and found["词汇"] == [True] and "特点 伏笔" not in found
     result = obedience([asked], [[MEETS, "没想到，" + MEETS]], 1, detect)
     assert result["satisfied"]["2"]["rate"] == 1 / 2 and result["unchecked_features"] == 1
     assert result["by_kind"]["特点 转折"]["rate"] == 1 / 2 and result["by_kind"]["特点 对话"]["rate"] == 1
     assert "特点 伏笔" not in result["by_kind"]
 
 
-def test_subsequences_and_overlaps():
-    assert common_subsequence("小猫在河边", "小狗猫在河的边") == 5 and common_subsequence("", "河") == 0
-    assert common_subsequence("abcbdab", "bdcaba") == 4
-    assert rouge_l("小猫，来了。", "小猫咪来") == 3 / 4 and rouge_l("。", "小猫") == 0
+def test_overlaps():
     assert overlap("小猫来", "小猫来了") == 1 and overlap("小猫来", "小猫走") == 1 / 3 and overlap("", "小猫") == 0
     assert not tells("小猫来了", "小猫来了", ["小猫来了"])  # a tie tells nothing
 
@@ -97,8 +96,8 @@ def test_a_copy_oracle_scores_one_and_silence_nothing():
 def test_rates_by_number_and_were_errors_independent():
     words, sentence = {"词汇": ["河"]}, {"随机句子": "小猫来了。"}
     rows = [row(words)] * 4 + [row(sentence)] * 4 + [row(words | sentence)] * 2
-    told = [["河"], ["河"], ["河"], ["山"], ["小猫来了"], ["小猫来了"], ["山"], ["山"], ["河，小猫来了"], ["河"]]
-    result = obedience(rows, told, 1)
+    stories = [["河"], ["河"], ["河"], ["山"], ["小猫来了"], ["小猫来了"], ["山"], ["山"], ["河，小猫来了"], ["河"]]
+    result = obedience(rows, stories, 1)
     assert result["satisfied"]["1"]["rate"] == 5 / 8 and result["satisfied"]["1"]["n"] == 8
     assert result["satisfied"]["2"]["rate"] == 1 / 2
     assert result["independent"] == {"2": 3 / 4 * 1 / 2}  # of the single ones, not of all
@@ -123,24 +122,6 @@ def test_intervals_cover_the_truth():
     assert interval([], 1) == {"rate": None, "lo": None, "hi": None, "n": 0}
 
 
-def test_longest_common_substring_and_rouge2_against_brute_force():
-    rng = random.Random(0)
-    training = ["".join(rng.choices("猫狗兔河山", k=rng.randint(1, 60))) for _ in range(30)]
-    told = ["".join(rng.choices("猫狗兔河山鸟", k=rng.randint(0, 50))) for _ in range(30)] + [training[3], "鸟", ""]
-
-    def longest(story):
-        return max((j - i for i in range(len(story)) for j in range(i + 1, len(story) + 1)
-                    if any(story[i:j] in t for t in training)), default=0)
-    assert longest_common(told, training) == [longest(s) for s in told]
-
-    def rouge2(story):
-        grams = [story[i:i + 2] for i in range(len(story) - 1)]
-        counts = [[t[i:i + 2] for i in range(len(t) - 1)] for t in training]
-        return max((sum(min(grams.count(g), c.count(g)) for g in set(grams)) / len(grams) for c in counts),
-                   default=0) if grams else 0
-    assert highest_rouge2(told, training) == pytest.approx([rouge2(s) for s in told])
-
-
 def test_repetition():
     assert repetition(["河山河山河山"]) == pytest.approx({"rep4": 1 / 3, "distinct2": 2 / 5, "distinct3": 1 / 2})
     assert repetition([""]) == {"rep4": None, "distinct2": None, "distinct3": None}
@@ -158,21 +139,6 @@ def test_plain_loss_is_a_sum_over_tokens(tok):
     assert plain_loss(model, tok, texts) == pytest.approx(total / n, rel=1e-5)
 
 
-def test_piece_losses_stand_at_the_characters_where_pieces_begin(tok):
-    model, text = random_model(tiny_config(tok.vocab_size)), "小猫😀在河边。"
-    ids, end = tok.encode(text), text.index("在")
-    assert sum(len(tok.decode([i])) for i in ids) > len(text)  # the smiley is bytes, each no character alone
-    found = piece_losses(model, tok, [tok.eos_id], text)
-    with torch.no_grad():
-        losses = torch.nn.functional.cross_entropy(model(torch.tensor([[tok.eos_id, *ids[:-1]]]))[0], torch.tensor(ids),
-                                                   reduction="none").tolist()
-    piece = next(i for i in range(len(ids)) if tok.decode(ids[:i]) == text[:end])
-    assert found[0] == pytest.approx(losses[0]) and found[end] == pytest.approx(losses[piece])
-    assert max(found) < len(text)
-    size = model.config.block_size
-    assert len(piece_losses(model, tok, [tok.eos_id], "小猫在河边。" * size)) <= size - 1
-
-
 # ---- the instructions ----
 
 def test_the_handwritten_instructions():
@@ -182,11 +148,11 @@ def test_the_handwritten_instructions():
     own = [v for r in rows for k, v in r["constraints"].items() if k in ("摘要", "随机句子")]
     assert len(set(own)) == len(own)
     shown = [v for _, text, _ in CASES for v in parse(text)[0].values() if isinstance(v, str)]
-    n = pretrain.BUILTIN_TEXTS if os.environ.get("CI") else 4000  # all texts of pretraining take minutes
-    told = "\n".join([*books.texts(n, pretrain.BUILTIN_SEED),
-                      *books.exercises(pretrain.BUILTIN_EXERCISES, pretrain.BUILTIN_SEED),
-                      *(r["instruction"] + "\n" + r["output"] for r in train_sft.builtin_records())])
-    assert "小兔" in told and not [v for v in own + shown if v.rstrip("。！？") in told]
+    n = builtin.BOOKS if os.environ.get("CI") else 4000  # all texts of pretraining take minutes
+    trained = "\n".join([*books.texts(n, builtin.SEEDS["pretraining"]),
+                         *books.exercises(builtin.EXERCISES, builtin.SEEDS["pretraining"]),
+                         *(r["instruction"] + "\n" + r["output"] for r in builtin.fine_tuning())])
+    assert "小兔" in trained and not [v for v in own + shown if v.rstrip("。！？") in trained]
 
 
 def test_generated_instructions_have_a_ceiling_of_one():
@@ -207,6 +173,10 @@ def test_generated_instructions_have_a_ceiling_of_one():
     ({"instruction": "词汇：河", "input": "主角：小猫"}, "主角"),
     ({"instruction": "特点：有趣"}, "有趣"),
     ({"instruction": "随机句子：。！"}, "can be checked"),
+    ({"instruction": "词汇：河\n摘要：“”"}, "can be checked"),
+    ({"instruction": "- 颜色：红\n- 词汇：河"}, "颜色"),
+    ({"instruction": "x", "constraints": {"词汇": ["河", 1]}}, "list of strings"),
+    ({"instruction": "x", "constraints": {"摘要": ["河"]}}, "string"),
     ({"instruction": "x", "constraints": {"词汇": "河"}}, "list"),
     ({"instruction": "x", "constraints": ["河"]}, "object"),
     ({"instruction": "x", "constraints": {"摘要": "小\ud800猫"}}, "surrogate"),
@@ -218,18 +188,36 @@ def test_a_bad_row_is_named(record, says, model_dir, tmp_path, refused):
     refused(evaluate.main, ["--ckpt", model_dir, "--data", path], "row 2", says)
 
 
-def test_a_row_of_features_that_the_classifier_cannot_tell_is_named(tmp_path):
+def test_rows_in_which_nothing_can_be_checked_are_left_out_and_counted(model_dir, tmp_path, capsys, refused):
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    argv = ["--ckpt", str(model_dir), "--data", str(path), "--out", str(out), "--samples", "1", "--device", "cpu"]
+    only = json.dumps({"instruction": "特点：转折，冲突"}) + "\n"
+    path.write_text(json.dumps({"instruction": "特点：对话，转折"}) + "\n" + only + only, encoding="utf-8")
+    rows = read_rows(path)
+    assert checkable(rows) == rows[:1] and checkable(rows, lambda story: {"转折": False}) == rows
+    evaluate.main(argv)
+    said = capsys.readouterr()
+    assert "2 of 3 instructions" in said.err and "left out: 2 instructions" in said.out and "1 such feature" in said.out
+    result = json.loads((out / "eval.json").read_text(encoding="utf-8"))
+    assert result["rows"] == 1 and result["left_out"] == 2 and result["by_kind"]["特点 对话"]["n"] == 1
+    path.write_text(only, encoding="utf-8")
+    refused(evaluate.main, argv, "can be checked")
+    path.write_text(json.dumps({"instruction": "摘要：小猫来了。"}), encoding="utf-8")  # no other to compare it with
+    refused(evaluate.main, argv, "can be checked")
+
+
+def test_constraints_and_instruction_are_read_alike(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"instruction": "特点：对话，转折"}) + "\n" + json.dumps({"instruction": "特点：转折"}),
-                    encoding="utf-8")
-    assert len(read_rows(path)) == 2 and len(read_rows(path, ["对话", "转折"])) == 2
-    with pytest.raises(ValueError, match="row 2: no constraint that can be checked"):
-        read_rows(path, ["对话"])
+    rows = [{"instruction": "- 词汇：“河”。\n摘要：小猫。"},
+            {"instruction": "词汇：河", "input": "摘要：小猫。", "constraints": None},
+            {"constraints": {"词汇": ["“河”。"], "摘要": "小猫。"}}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    assert read_rows(path) == [{"constraints": {"词汇": ["河"], "摘要": "小猫。"}, "story": None}] * 3
 
 
 def test_a_prompt_without_room_and_a_base_of_another_tokenizer_are_refused(model_dir, tmp_path, refused):
     path, out = tmp_path / "rows.jsonl", tmp_path / "out"
-    path.write_text(json.dumps({"instruction": "摘要：" + "小猫在河边捡到一个皮球，" * 40}), encoding="utf-8")
+    path.write_text(json.dumps({"instruction": "词汇：河\n摘要：" + "小猫在河边捡到一个皮球，" * 40}), encoding="utf-8")
     refused(evaluate.main, ["--ckpt", model_dir, "--base", model_dir, "--data", path, "--out", out], "leaves no room")
     other = train_tokenizer(["小狗在树下睡着了。"] * 50, 300)
     save_model(tmp_path / "base", random_model(tiny_config(other.vocab_size)), other)
@@ -243,26 +231,89 @@ def test_the_command_is_reproducible_and_complete(model_dir, pairs_file, tok, tm
     base = tmp_path / "base"
     save_model(base, random_model(tiny_config(tok.vocab_size), seed=1), tok)
     results = []
-    for name, scale in (("a", "1"), ("b", "1"), ("guided", "30")):
+    for name in "ab":
         evaluate.main(["--ckpt", str(model_dir), "--base", str(base), "--data", str(pairs_file), "--samples", "1",
-                       "--out", str(tmp_path / name), "--device", "cpu", "--guidance-scale", scale])
+                       "--out", str(tmp_path / name), "--device", "cpu"])
         results.append(json.loads((tmp_path / name / "eval.json").read_text(encoding="utf-8")))
     assert (tmp_path / "a" / "eval.png").stat().st_size > 5000
     assert results[0].pop("args") != results[1].pop("args") and results[0] == results[1]
-    assert results[2]["gen_nll"] != results[0]["gen_nll"] and results[2]["plain_nll"] == results[0]["plain_nll"]
-    assert set(results[0]) >= {"satisfied", "independent", "by_kind", "order_spread", "plain_nll", "base_nll",
-                               "gen_nll", "rep4", "distinct2", "distinct3", "eos_rate", "mean_chars", "lcs", "rouge2",
-                               "ceiling", "floor", "seed"}
+    assert set(results[0]) >= {"satisfied", "independent", "by_kind", "plain_nll", "base_nll", "gen_nll", "rep4",
+                               "distinct2", "distinct3", "eos_rate", "mean_chars", "ceiling", "floor", "seed"}
     assert results[0]["ceiling"]["by_kind"]["词汇"]["rate"] > 0.5 and results[0]["plain_nll"] > 0
     assert "ceiling" in capsys.readouterr().out
 
 
-def test_order_spread_sees_an_order(tok):
+@pytest.fixture
+def default_evaluation(tok, tmp_path, monkeypatch):
+    """The arguments of the default evaluation, of a model for whose context no built-in prompt is too long, but of few
+    stories, of three tokens."""
+    path = tmp_path / "model"
+    save_model(path, random_model(tiny_config(tok.vocab_size, block_size=256)), tok)
+    monkeypatch.setattr(evaluate, "builtin_rows", lambda: builtin_rows()[::3])
+    monkeypatch.setattr(builtin, "PLAIN", 3)
+    monkeypatch.setattr(evaluate, "generate_all", functools.partial(short_stories, evaluate.generate_all))
+    return ["--ckpt", str(path), "--base", str(path), "--out", str(tmp_path / "out"), "--samples", "1",
+            "--device", "cpu"]
+
+
+def short_stories(generate_all, model, prompts, eos_id, seed, sampling, quiet):
+    return generate_all(model, prompts, eos_id, seed, sampling | {"max_new_tokens": 3}, quiet)
+
+
+def test_the_table_fits_a_screen(default_evaluation, tmp_path, capsys):
+    evaluate.main(default_evaluation)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 25
+    assert max(sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in line) for line in lines[:-1]) <= 100
+    assert "handwritten" in lines[0] and "generated" in lines[0]
+    result = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))
+    shown = "\n".join(lines)
+    for name in ("词汇", "每个词", "随机句子", "摘要", "特点 对话", *(f"all of {k}" for k in "1234")):
+        assert f"\n{name} " in shown
+    assert result["by_source"]["generated"]["ceiling"]["by_kind"]["词汇"]["rate"] == 1
+    assert result["by_source"]["handwritten"]["ceiling"] is None and result["by_source"]["handwritten"]["floor"]
+    assert result["left_out"] > 0 and f"left out: {result['left_out']} instructions" in shown
+
+
+def test_further_measures_come_from_outside(model_dir, tok):
     model = random_model(tiny_config(tok.vocab_size))
-    rows = [row({"词汇": ["河"], "随机句子": "小猫来了。"})]
-    sampling = {"max_new_tokens": 5, "temperature": 1.0, "top_k": None, "top_p": 1.0}
-    model.generate = lambda prompts, *a, **k: [tok.encode("河" if i else "山") for i, _ in enumerate(prompts)]
-    assert order_spread(model, tok, rows, 1, sampling) == 1 / 2
-    model.generate = lambda prompts, *a, **k: [tok.encode("河") for _ in prompts]
-    assert order_spread(model, tok, rows, 1, sampling) == 0
-    assert order_spread(model, tok, rows[:0], 1, sampling) is None
+    rows = [{"constraints": {"词汇": ["河"], "特点": ["转折"]}, "story": None} for _ in range(3)]
+    result = evaluate.evaluate(model, tok, rows, samples=2, max_new_tokens=2, detect=lambda story: {"转折": True},
+                               measure=lambda stories: {"n": len(stories)})
+    assert result["n"] == 6 and result["by_kind"]["特点 转折"]["rate"] == 1 and result["floor"] is None
+    assert "特点 转折" in table(result)
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(model_dir, tmp_path, monkeypatch, refused):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("work has begun"))
+    for out in (tmp_path / "file" / "out", "/proc/nowhere"):  # tests may run as root, who may write everywhere else
+        refused(evaluate.main, ["--ckpt", model_dir, "--out", out], "cannot write", out)
+
+
+def test_the_table_comes_before_what_may_fail(default_evaluation, monkeypatch, capsys):
+    def full(*_):
+        raise OSError("No space left on device: eval.json")
+    monkeypatch.setattr(evaluate, "write_json", full)
+    with pytest.raises(SystemExit) as e:
+        evaluate.main(default_evaluation)
+    said = capsys.readouterr()
+    assert e.value.code == 2 and "all of 4" in said.out
+    assert said.err.splitlines()[-1].endswith("No space left on device: eval.json")
+
+
+def test_no_character_crashes_the_output(model_dir, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"instruction": "词汇：河\n特点：对话"}), encoding="utf-8")
+    argv = [sys.executable, "evaluate.py", "--ckpt", model_dir, "--data", path, "--out", tmp_path, "--device", "cpu"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr.decode("ascii")
+    assert "?? " in done.stdout.decode("ascii") and "all of 2" in done.stdout.decode("ascii")
+
+
+def test_the_figure_is_drawn_with_and_without_a_ceiling(tmp_path):
+    rows = [row({"词汇": ["河"]}), row(ALL, MEETS)]
+    part = obedience(rows, [["河"], ["山"]], 1)
+    for name, ceiling in (("a", part), ("b", None)):
+        figures.obedience(part | {"ceiling": ceiling, "floor": None}, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000

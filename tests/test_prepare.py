@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, STORIES, random_model, tiny_config
 
 import pretrain
-from checkpoint import save_model
+from checkpoint import save_model, save_tokenizer
 from data import prepare
 from records import place
 
@@ -111,7 +111,7 @@ def hub(tmp_path, monkeypatch):
 def tokenizer_dir(tok, tmp_path):
     path = tmp_path / "tokenizer"
     path.mkdir()
-    tok.save(path)
+    save_tokenizer(path, tok)
     return path
 
 
@@ -327,7 +327,7 @@ def test_bad_flags(run, refused, tokenizer_dir, tmp_path):
     refused(prepare.main, [*argv, tmp_path / "new", "--sha256", "0"], "--sha256")
     refused(prepare.main, [*argv, tmp_path / "new", "--val-stories", "0"], "--val-stories")
     refused(prepare.main, ["--out", tmp_path / "new"], "--tokenizer")
-    refused(prepare.main, [*argv, tokenizer_dir, "--overwrite"], tokenizer_dir, "not made by data/prepare.py")
+    refused(prepare.main, [*argv, tokenizer_dir, "--overwrite"], tokenizer_dir, "is not replaced")
     refused(prepare.main, [*argv, source / "new"], "cannot write to", source)
     for url in ("https://example.com/a/stories.tar.gz", "http://127.0.0.1:1/x.jsonl"):
         refused(prepare.main, [url, *argv[1:], tmp_path / "new"], url, "download it first")
