@@ -1,12 +1,10 @@
-"""What is a constraint line worth? python bench/asked.py out/sft [more model directories] --data out/held/judged.jsonl
+"""What is a constraint line worth? python study/asked.py out/sft [more model directories] --data out/held/judged.jsonl
 
-A rate of met constraints counts also what would be met unasked: a summary names words, a plot has few phrasings. So
-every instruction of two or more constraints is told twice here, with one of its lines and without it, one story each;
-the difference is what the line does. And since told stories say little until a model copies well, the loss that the
-line saves: nats at the first piece of each word (where it comes first) and of the sentence, in the instruction's own
-story.
+A rate of met constraints counts also what is met by chance: a summary names words, a plot has few phrasings. So a story
+is written for every instruction of two or more constraints twice, with one of its lines and without it; the difference
+is what the line does. And since these stories say little until a model copies well, the loss that the line saves: nats
+at the first piece of each word (at its first occurrence) and of the sentence, in the instruction's own story.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,10 +14,11 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from checkpoint import load_model  # noqa: E402
-from common import fail  # noqa: E402
-from constraints import KEYS, SENTENCE, WORDS, render  # noqa: E402
+from common import command_line, fail  # noqa: E402
+from constraints import KEYS, SENTENCE, WORDS, check, render  # noqa: E402
 from dataset import encode_prompt  # noqa: E402
-from evaluate import add_rivals, interval, piece_losses, read_rows, verdicts, write_stories  # noqa: E402
+from evaluate import add_rivals, interval, read_rows, write_stories  # noqa: E402
+from study.copying import piece_losses  # noqa: E402
 
 SAMPLING = {"temperature": 0.2, "top_p": 0.9, "top_k": 30, "max_new_tokens": 400}  # evaluate.py's
 SEED = 1337
@@ -27,16 +26,16 @@ SEED = 1337
 
 def share_met(row, key, story):
     """The share of its words, or of its features that a rule can tell, that the story meets; None where no rule can."""
-    found = verdicts(row, story)[key]
-    known = [ok for ok in (found.values() if isinstance(found, dict) else [found]) if ok is not None]
+    verdict = check(story, {key: row["constraints"][key]}, row["rivals"])[key]
+    known = [ok for ok in (verdict.values() if isinstance(verdict, dict) else [verdict]) if ok is not None]
     return float(np.mean(known)) if known else None
 
 
 def first_pieces(model, tokenizer, row, constraints, key):
     """Nats at the first piece of each word, or of the sentence, in the row's own story after these constraints."""
-    at = piece_losses(model, tokenizer, encode_prompt(tokenizer, render(constraints)), row["story"])
+    losses = piece_losses(model, tokenizer, encode_prompt(tokenizer, render(constraints)), row["story"])
     parts = row["constraints"][key] if key == WORDS else [row["constraints"][key]]
-    return [at[place] for part in parts if (place := row["story"].find(part)) in at]
+    return [losses[place] for part in parts if (place := row["story"].find(part)) in losses]
 
 
 def measure(model, tokenizer, rows, key):
@@ -46,8 +45,8 @@ def measure(model, tokenizer, rows, key):
     bare = [{k: v for k, v in constraints.items() if k != key} for constraints in full]
     shares, nats = [], []
     for asked in (full, bare):
-        told, _ = write_stories(model, tokenizer, [render(constraints) for constraints in asked], 1, SEED, SAMPLING)
-        shares.append([share_met(row, key, story) for row, [story] in zip(rows, told)])
+        stories, _ = write_stories(model, tokenizer, [render(constraints) for constraints in asked], 1, SEED, SAMPLING)
+        shares.append([share_met(row, key, story) for row, [story] in zip(rows, stories)])
         if key in (WORDS, SENTENCE):
             nats.append(float(np.mean([loss for row, constraints in zip(rows, asked)
                                        for loss in first_pieces(model, tokenizer, row, constraints, key)])))
@@ -59,20 +58,19 @@ def measure(model, tokenizer, rows, key):
     return {"n": len(pairs), "with": with_it, "without": without, "change": change, "nats": nats}
 
 
-def line(key, found):
+def line(key, measured):
     """A line of the table."""
-    if not found:
+    if not measured:
         return f"{key}: nothing that a rule can tell"
-    change = found["change"]
+    change = measured["change"]
     bounds = f"{change['rate']:+8.1%} [{change['lo']:+4.0%}, {change['hi']:+4.0%}]"
-    nats = "".join(f"{loss:8.2f}" for loss in found["nats"])
-    return (f"{key + ' ' * (10 - 2 * len(key))}{found['n']:5}{found['with']:14.1%}{found['without']:10.1%}"
+    nats = "".join(f"{loss:8.2f}" for loss in measured["nats"])
+    return (f"{key + ' ' * (10 - 2 * len(key))}{measured['n']:5}{measured['with']:14.1%}{measured['without']:10.1%}"
             f"{bounds:>24}{nats}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="What is a constraint line worth?")
-    parser.error = fail
+    parser = command_line("What is a constraint line worth?")
     parser.add_argument("ckpt", type=Path, nargs="+", help="model directories")
     parser.add_argument("--data", type=Path, required=True, help="instruction records with their stories (held out)")
     args = parser.parse_args(argv)
@@ -94,4 +92,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    from study.asked import main
     main()

@@ -1,40 +1,39 @@
-"""What the model card (README.md) says of the base model: python base/card.py
+"""What the model card (base/README.md) says of the base model: python study/card.py
 
 Losses on plain stories that it has not been trained on, and ten samples. The real stories are those in the folder
 $MICROSTORIES_REAL_DATA, where there is one.
 """
-import argparse
 import math
 import os
 import random
 import re
 import sys
-from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import load_model  # noqa: E402
-from common import fail  # noqa: E402
+from checkpoint import find_base, load_model  # noqa: E402
+from common import command_line, fail  # noqa: E402
 from data import books, generate  # noqa: E402
-from evaluate import piece_losses, plain_loss  # noqa: E402
+from data.builtin import SEEDS  # noqa: E402
+from evaluate import plain_loss  # noqa: E402
 from records import read_stories  # noqa: E402
+from study.copying import piece_losses  # noqa: E402
 
-SEED = 98  # of stories that nothing is trained on
+SEED = SEEDS["plain stories"]
 REAL = "real stories, the first 300"
 SAMPLES = {"temperature": 0.8, "top_p": 1.0, "seed": 1}
 
 
 def texts():
-    """{name: stories}"""
-    found = {"the grammar's stories, 300 of seed 98": [r["text"] for r in generate.stories(300, SEED)],
-             "the authored stories that are held out, 30": [r["text"] for r in generate.authored("heldout")]}
+    """{name: plain stories that the base has not been trained on}"""
+    by_name = {f"the grammar's stories, 300 of seed {SEED}": [r["text"] for r in generate.stories(300, SEED)],
+               "the authored stories that are held out, 30": [r["text"] for r in generate.authored("heldout")]}
     folder = os.environ.get("MICROSTORIES_REAL_DATA")
     if folder:
-        path = Path(folder, "real_stories_zh.jsonl")
-        found[REAL] = list(islice(read_stories(path), 300))
-    return found
+        by_name[REAL] = read_stories(Path(folder, "real_stories_zh.jsonl"))[:300]
+    return by_name
 
 
 def copying(model, tokenizer, n=200):
@@ -43,8 +42,8 @@ def copying(model, tokenizer, n=200):
     _, plots = generate.load()
     losses = {"first": [], "again": []}
     for i in range(n):
-        record, made = generate.compose(plots, random.Random(f"{SEED}-{i}"))
-        text, values, plot = record["text"], made["values"], made["plot"]
+        record, details = generate.compose(plots, random.Random(f"{SEED}-{i}"))
+        text, values, plot = record["text"], details["values"], details["plot"]
         loss = piece_losses(model, tokenizer, [tokenizer.eos_id], text)
         for slot in plot["slots"]:
             if slot in values and (slot == plot["central"] or values[slot] != values[slot + ".kind"]):
@@ -58,40 +57,39 @@ def reading_again(model, tokenizer, real=(), n=100):
     """Does it copy word for word? {kind of line: loss in nats per token of n lines where they are read out a second
     time}: of exercises that it has not seen, and of the first 30 characters of real stories, where there are some."""
     rng = random.Random(SEED)
-    drawn = {kind: [draw() for _ in range(n)] for kind, draw in books.lines(books.load()[0], rng).items()}
+    lines = {kind: [draw() for _ in range(n)] for kind, draw in books.lines(books.load()[0], rng).items()}
     if real:
-        drawn["real stories"] = [story.replace("\n", "")[:30] for story in real[:n]]
-    found = {}
-    for kind, lines in drawn.items():
-        losses = [loss for line in lines for loss in piece_losses(
+        lines["real stories"] = [story.replace("\n", "")[:30] for story in real[:n]]
+    means = {}
+    for kind, some in lines.items():
+        losses = [loss for line in some for loss in piece_losses(
             model, tokenizer, [tokenizer.eos_id, *tokenizer.encode(line + "\n")], line).values()]
-        found[kind] = sum(losses) / len(losses)
-    return found
+        means[kind] = sum(losses) / len(losses)
+    return means
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Measure the base model and let it write ten times.")
-    parser.error = fail
-    parser.add_argument("--ckpt", type=Path, default=ROOT / "base", help="model directory (default: base/)")
+    parser = command_line("Measure the base model and let it write ten times.")
+    parser.add_argument("--ckpt", type=Path, help="model directory (default: base/)")
     args = parser.parse_args(argv)
     try:
-        model, tokenizer = load_model(args.ckpt)
-        told = texts()
+        model, tokenizer = load_model(args.ckpt or find_base())
+        stories = texts()
     except (ValueError, OSError) as e:
         fail(e)
     model.float().eval()
     print("| text | nats per token | tokens per character | bits per character |\n|---|---|---|---|")
-    for name, stories in told.items():
+    for name, some in stories.items():
         # a story is cut at the model's context, and an EOS is predicted behind it: both count as its text
-        fit = [s for s in stories if len(tokenizer.encode(s)) <= model.config.block_size - 2]
+        fit = [s for s in some if len(tokenizer.encode(s)) <= model.config.block_size - 2]
         tokens, chars = sum(len(tokenizer.encode(s)) + 1 for s in fit), sum(map(len, fit))
         loss = plain_loss(model, tokenizer, fit)
         print(f"| {name} ({len(fit)} fit into the context) | {loss:.3f} | {tokens / chars:.3f} "
               f"| {loss * tokens / chars / math.log(2):.3f} |")
-    found = copying(model, tokenizer)
-    print(f"\nNames and central words, nats at their first piece: {found['first']:.2f} where they come for the first "
-          f"time, {found['again']:.2f} where they have come before.")
-    again = reading_again(model, tokenizer, told.get(REAL))
+    losses = copying(model, tokenizer)
+    print(f"\nNames and central words, nats at their first piece: {losses['first']:.2f} where they come for the first "
+          f"time, {losses['again']:.2f} where they have come before.")
+    again = reading_again(model, tokenizer, stories.get(REAL))
     print("Lines read out a second time, nats per token: "
           + ", ".join(f"{kind} {loss:.2f}" for kind, loss in again.items()) + ".")
     for ids in model.generate([[tokenizer.eos_id]] * 10, model.config.block_size - 1, eos_id=tokenizer.eos_id,
@@ -100,4 +98,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    from study.card import main
     main()

@@ -1,11 +1,10 @@
-"""Where is an asked sentence lost? python bench/lost_sentence.py out/sft [more models] --data out/held/judged.jsonl
+"""Where is an asked sentence lost? python study/lost_sentence.py out/sft [more models] --data out/held/judged.jsonl
 
 A story has the sentence that 随机句子 asks for only if it is of a plot that has this sentence, comes to the beat where
-it stands (by its ending, or an optional beat), takes this one of the beat's phrasings, and the same words in it. Every
-instruction with a sentence is told once, and the first of these that fails is counted. Apart: instructions with 摘要,
-which gives the plot away, and without.
+it stands (by its ending, or an optional beat), takes this one of the beat's phrasings, and the same words in it. A
+story is written for every instruction with a sentence, and the first of these that fails is counted; separately for
+instructions with 摘要, which gives the plot away, and without.
 """
-import argparse
 import re
 import sys
 from collections import Counter
@@ -14,13 +13,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.asked import SAMPLING, SEED  # noqa: E402
-
 from checkpoint import load_model  # noqa: E402
-from common import fail  # noqa: E402
+from common import command_line, fail  # noqa: E402
 from constraints import SENTENCE, SUMMARY, render  # noqa: E402
 from data import generate  # noqa: E402
 from evaluate import read_rows, write_stories  # noqa: E402
+from study.asked import SAMPLING, SEED  # noqa: E402
 
 PLOT, BEAT, PHRASING, WORDS, MET = "plot", "beat", "phrasing", "words", "met"
 WORD = ".{1,9}?"  # what fills a slot
@@ -39,14 +37,14 @@ def pattern(parts):
 
 def all_phrasings(plots):
     """[(plot, number of a beat in it, number of a phrasing in that, its longest literal text, its pattern)]."""
-    found = []
+    phrasings = []
     for plot in plots:
         beats = {id(beat): beat for ending in plot["endings"] for _, (_, beat) in ending["beats"]}  # endings share some
         for i, beat in enumerate(beats.values()):
             for j, parts in enumerate(beat):
                 literal = max((part for part in parts if type(part) is str), key=len, default="")
-                found.append((plot["name"], i, j, literal, re.compile(pattern(parts))))
-    return found
+                phrasings.append((plot["name"], i, j, literal, re.compile(pattern(parts))))
+    return phrasings
 
 
 def analysed(story, phrasings):
@@ -60,8 +58,8 @@ def analysed(story, phrasings):
     return plot, [rest for name, *rest in matches if name == plot]
 
 
-def lost_at(sentence, own, told, phrasings):
-    """What `told` misses first of the sentence, which is from the story `own`; MET if nothing, None if the sentence is
+def lost_at(sentence, own, story, phrasings):
+    """What `story` misses first of the sentence, which is from the story `own`; MET if nothing, None if the sentence is
     of no phrasing that is known."""
     plot, matches = analysed(own, phrasings)
     begin, end = own.index(sentence), own.index(sentence) + len(sentence)
@@ -69,27 +67,26 @@ def lost_at(sentence, own, told, phrasings):
                                   for beat, phrasing, start, stop in matches), default=(0, None, None))
     if shared <= 0:
         return None
-    if sentence in told:
+    if sentence in story:
         return MET
-    told_plot, matches = analysed(told, phrasings)
+    story_plot, matches = analysed(story, phrasings)
     taken = [other for number, other, *_ in matches if number == beat]
-    return PLOT if told_plot != plot else BEAT if not taken else WORDS if phrasing in taken else PHRASING
+    return PLOT if story_plot != plot else BEAT if not taken else WORDS if phrasing in taken else PHRASING
 
 
 def measure(model, tokenizer, rows, phrasings):
-    """What is missed first in stories told for these rows, all of which have a sentence: {PLOT: share, ...}, and of
+    """What is missed first in stories written for these rows, all of which have a sentence: {PLOT: share, ...}, and of
     how many; {} and 0 where no sentence is of the grammar."""
-    told, _ = write_stories(model, tokenizer, [render(row["constraints"]) for row in rows], 1, SEED, SAMPLING)
+    stories, _ = write_stories(model, tokenizer, [render(row["constraints"]) for row in rows], 1, SEED, SAMPLING)
     lost = Counter(lost_at(row["constraints"][SENTENCE], row["story"], story, phrasings)
-                   for row, [story] in zip(rows, told))
+                   for row, [story] in zip(rows, stories))
     del lost[None]
     n = lost.total()
     return {step: lost[step] / n for step in (PLOT, BEAT, PHRASING, WORDS, MET) if n}, n
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Where is an asked sentence lost?")
-    parser.error = fail
+    parser = command_line("Where is an asked sentence lost?")
     parser.add_argument("ckpt", type=Path, nargs="+", help="model directories")
     parser.add_argument("--data", type=Path, required=True, help="instructions of generated stories, with these")
     args = parser.parse_args(argv)
@@ -105,11 +102,12 @@ def main(argv=None):
             for name, there in (("without", False), ("with", True)):
                 if some := [row for row in rows if (SUMMARY in row["constraints"]) is there]:
                     shares, n = measure(model.float().eval(), tokenizer, some, phrasings)
-                    told = ", ".join(f"{step} {share:.0%}" for step, share in shares.items())
-                    print(f"{name:>8} {SUMMARY}, n {n:3}: {told or 'no sentence of the grammar'}", flush=True)
+                    line = ", ".join(f"{step} {share:.0%}" for step, share in shares.items())
+                    print(f"{name:>8} {SUMMARY}, n {n:3}: {line or 'no sentence of the grammar'}", flush=True)
     except (ValueError, OSError) as e:
         fail(e)
 
 
 if __name__ == "__main__":
+    from study.lost_sentence import main
     main()

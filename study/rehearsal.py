@@ -1,13 +1,12 @@
-"""How much pretraining does copying need? python bench/rehearsal.py
+"""How much pretraining does copying need? python study/rehearsal.py
 
-A base of 2, 5, 10 and 20 million tokens, and the one that ships (241), are fine-tuned a little, all alike. For each:
-how surely the base itself copies names and things within a story, and what the lines 词汇 and 随机句子 do after
+A base of 2, 5, 10 and 20 million tokens, and the one that ships, are fine-tuned a little, all alike. For each: how
+surely the base itself copies names and things within a story, and what the lines 词汇 and 随机句子 do after
 fine-tuning. Prints a table and draws out/rehearsal/rehearsal.png; what is there already is not made again.
 
 The four bases are stages of one run at a constant learning rate, so that fine-tuning brings the fall to each of them
 alike. The one that ships has had its own.
 """
-import argparse
 import functools
 import json
 import shutil
@@ -17,57 +16,53 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from base.card import copying  # noqa: E402
-from bench.asked import SEED, measure  # noqa: E402
-from runs import Lab  # noqa: E402
-
 import pretrain  # noqa: E402
-import train_sft  # noqa: E402
-from checkpoint import load_model  # noqa: E402
-from common import fail  # noqa: E402
+from checkpoint import find_base, load_model  # noqa: E402
+from common import command_line, fail, new_directory, write_json  # noqa: E402
 from constraints import SENTENCE, WORDS  # noqa: E402
-from data import generate  # noqa: E402
-from evaluate import add_rivals, generated_rows  # noqa: E402
+from data import builtin, generate  # noqa: E402
+from evaluate import add_rivals, held_out_rows  # noqa: E402
+from figures import save, subplots  # noqa: E402
+from study.asked import SEED, measure  # noqa: E402
+from study.card import copying  # noqa: E402
+from study.runs import Lab, steps_made, train_in  # noqa: E402
 
 STEP = 4 * 512  # tokens of a step of pretraining
 STAGES = (977, 2441, 4883, 9766)  # steps
-FAST = ("--dtype", "bf16-mixed", "--compile")
-PRETRAINING = (*FAST, "--min-lr", pretrain.SETTINGS["small"]["lr"], "--eval-every", STAGES[0])
-STORIES = ("--n", 18_000, "--seed", train_sft.BUILTIN_SEED, "--slot-words", "--more-sentences")
+PRETRAINING = ("--dtype", "bf16-mixed", "--compile", "--min-lr", pretrain.SETTINGS["small"]["lr"],
+               "--eval-every", STAGES[0])
+STORIES = ("--n", 18_000, "--seed", builtin.SEEDS["fine-tuning"], "--slot-words", "--more-sentences")
 FINE_TUNING, FINE_TUNING_STEPS = ("--compile", "--val-fraction", 0.01), 280
-JUDGED, JUDGED_SEED = 400, 99  # instructions
-
-
-def command(main, *argv):
-    main([str(a) for a in argv])
+JUDGED = 400  # instructions
 
 
 def bases(out):
     """Make the stages -> {tokens: model directory}, with the base that ships."""
-    found, run = {}, out / "base"
+    directories, run = {}, out / "base"
     for steps in STAGES:
-        found[steps * STEP] = stage = out / f"base_{steps}"
+        directories[steps * STEP] = stage = out / f"base_{steps}"
         if not stage.is_dir():
-            going_on = ["--resume"] if (run / "last").is_dir() else []
-            command(pretrain.main, *PRETRAINING, "--max-steps", steps, "--out", run, *going_on)
-            half = stage.with_suffix(".new")  # a copy that was interrupted is no stage
-            shutil.copytree(run, half, ignore=shutil.ignore_patterns("last", "tokens"), dirs_exist_ok=True)
-            half.rename(stage)
-    shipped = json.loads((ROOT / "base" / "corpus.json").read_text(encoding="utf-8"))
-    return found | {round(shipped["epochs"] * shipped["tokens"]): ROOT / "base"}
+            if steps_made(run) > steps:
+                raise ValueError(f"{stage} is missing, and {run} is beyond its step {steps}: delete {run}")
+            if steps_made(run) < steps:
+                train_in(run, pretrain.main, [*PRETRAINING, "--max-steps", steps])
+            with new_directory(stage) as copy:
+                shutil.copytree(run, copy, ignore=shutil.ignore_patterns("last", "tokens"), dirs_exist_ok=True)
+    shipped = json.loads((find_base() / "corpus.json").read_text(encoding="utf-8"))
+    return directories | {round(shipped["epochs"] * shipped["tokens"]): find_base()}
 
 
 def fine_tuning_data(out):
     data = out / "sft.jsonl"
     if not data.is_file():
-        command(generate.main, *STORIES, "--out", out / "stories.jsonl", "--instructions", data)
+        generate.main([str(a) for a in (*STORIES, "--out", out / "stories.jsonl", "--instructions", data)])
     return data
 
 
 @functools.cache
 def judged():
-    """Instructions of held-out word pairs with two constraints and more, as bench/asked.py takes them."""
-    rows = [row for row in generated_rows(JUDGED, JUDGED_SEED) if len(row["constraints"]) > 1]
+    """Instructions of held-out word pairs with two constraints and more, as study/asked.py takes them."""
+    rows = [row for row in held_out_rows(JUDGED) if len(row["constraints"]) > 1]
     add_rivals(rows, SEED)
     return rows
 
@@ -77,61 +72,57 @@ def results(tokens, base, data, out):
     lab = Lab(base, data, out, FINE_TUNING_STEPS)
     run = lab.sft(5e-4, "bf16-mixed", SEED, *FINE_TUNING)
     lab.train(run)
-    path = lab.directory(run) / "copying.json"
-    if not path.is_file():
+    if lab.read(run, "copying") is None:
         model, tokenizer = load_model(base)
-        found = {"tokens": tokens, "base": copying(model.float().eval(), tokenizer)}
+        known = {"tokens": tokens, "base": copying(model.float().eval(), tokenizer)}
         for key in (WORDS, SENTENCE):
-            found[key] = measure(*lab.load(run), [row for row in judged() if key in row["constraints"]], key)
-        write_atomic(path, lambda p: p.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8"))
-    return json.loads(path.read_text(encoding="utf-8"))
+            known[key] = measure(*lab.load(run), [row for row in judged() if key in row["constraints"]], key)
+        write_json(lab.directory(run) / "copying.json", known)
+    return lab.read(run, "copying")
 
 
-def draw(found, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    at = [row["tokens"] / 1e6 for row in found]
+def draw(measured, path):
+    fig, (left, right) = subplots(1, 2, figsize=(10, 4))
+    at = [row["tokens"] / 1e6 for row in measured]
     for key, name, color in ((WORDS, "word", "tab:blue"), (SENTENCE, "sentence", "tab:orange")):
         for side, style in (("with", "o-"), ("without", "o:")):
-            left.plot(at, [100 * row[key][side] for row in found], style, color=color, label=f"{name}, {side} its line")
-        right.plot(at, [row[key]["nats"][1] - row[key]["nats"][0] for row in found], "o-", color=color,
+            left.plot(at, [100 * row[key][side] for row in measured], style, color=color,
+                      label=f"{name}, {side} its line")
+        right.plot(at, [row[key]["nats"][1] - row[key]["nats"][0] for row in measured], "o-", color=color,
                    label=f"{name}, after fine-tuning, by its line")
-    right.plot(at, [row["base"]["first"] - row["base"]["again"] for row in found], "o-", color="tab:gray",
+    right.plot(at, [row["base"]["first"] - row["base"]["again"] for row in measured], "o-", color="tab:gray",
                label="name or thing, base, by its first coming")
-    left.set(ylabel="told (%)", ylim=0)
+    left.set(ylabel="in the story (%)", ylim=0)
     right.set(ylabel="saved at the first piece (nats)", ylim=0)
     for ax in (left, right):
         ax.set(xlabel="tokens of pretraining (millions)", xscale="log", xticks=at, xticklabels=[f"{x:.0f}" for x in at])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
         ax.legend()
-    fig.savefig(path, dpi=110)
+    save(fig, path)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="How much pretraining does copying need?")
-    parser.error = fail
+    parser = command_line("How much pretraining does copying need?")
     parser.add_argument("--out", type=Path, default=Path("out/rehearsal"), help="(default: out/rehearsal)")
     out = parser.parse_args(argv).out
     try:
         out.mkdir(parents=True, exist_ok=True)
         data = fine_tuning_data(out)
-        found = [results(tokens, base, data, out) for tokens, base in bases(out).items()]
+        measured = [results(tokens, base, data, out) for tokens, base in bases(out).items()]
     except (ValueError, OSError) as e:
         fail(e)
-    n = {key: found[0][key]["n"] for key in (WORDS, SENTENCE)}
+    n = {key: measured[0][key]["n"] for key in (WORDS, SENTENCE)}
     print(f"| tokens | base: names and things, first, again | each word: with its line, without ({n[WORDS]}) | nats "
           f"| sentence ({n[SENTENCE]}) | nats |\n|---|---|---|---|---|---|")
-    for row in found:
+    for row in measured:
         lines = [f"{row[key]['with']:.0%}, {row[key]['without']:.0%} | {row[key]['nats'][0]:.2f}, "
                  f"{row[key]['nats'][1]:.2f}" for key in (WORDS, SENTENCE)]
         print(f"| {row['tokens'] / 1e6:.1f}M | {row['base']['first']:.2f}, {row['base']['again']:.2f} | "
               f"{' | '.join(lines)} |")
-    draw(found, out / "rehearsal.png")
+    draw(measured, out / "rehearsal.png")
 
 
 if __name__ == "__main__":
+    from study.rehearsal import main
     main()

@@ -1,15 +1,16 @@
-"""The study's experiments, made again: python reproduce.py
+"""The study's experiments, made again: python study/reproduce.py
 
-Runs what is not yet run (Ctrl-C and the same command go on), then writes report.md, report.html, runs.csv and figures
-to --out. Every finding of the study gets a verdict that follows from paired differences over seeds.
+Makes the runs that are not there yet (after Ctrl-C the same command goes on), then writes report.md, runs.csv and
+figures to --out. Every finding of the study gets a verdict that follows from paired differences over seeds.
 
-An experiment is two functions: `runs` lists what it needs, as (key, run, what to do after training), and `tell` makes
-blocks of the report, and findings, of the results there are. A key ends in the seed. Seeds are paired: a seed is a data
-order, the same for all runs that are compared.
+An experiment is two functions: `plan_…` yields what it needs, as (name, seed, run, measurement or None), and
+`report_…` makes blocks of the report, and findings, of the results there are. A plan may depend on results that are
+there already: it is asked again after each run.
 
-    python reproduce.py --quick             experiments 1 and 2, one seed, 60 steps
-    python reproduce.py --only 1,4
-    python reproduce.py lora-sweep          what LoRA needs to reach full fine-tuning (sweep.py)
+    pip install -r study/requirements.txt
+    python study/reproduce.py --quick             experiments 1 and 2, one seed, 60 steps
+    python study/reproduce.py --only 1,4
+    python study/reproduce.py lora-sweep          experiment 7: what LoRA needs to reach full fine-tuning
 """
 import argparse
 import csv
@@ -19,21 +20,25 @@ import os
 import random
 import statistics
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import report
-import sweep
-from runs import Lab, Mix, Run
-from tqdm import tqdm
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-import train_sft
-from checkpoint import gpt_config
-from common import fail, positive
-from constraints import parse, permutations, render
-from model import PRESETS
-from records import story_hash
+import scipy.stats  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import figures  # noqa: E402
+from checkpoint import gpt_config  # noqa: E402
+from common import command_line, fail, positive, write_text  # noqa: E402
+from constraints import parse, permutations, render  # noqa: E402
+from data import generate  # noqa: E402
+from data.builtin import SEEDS as BUILTIN_SEEDS  # noqa: E402
+from model import PRESETS  # noqa: E402
+from records import story_hash  # noqa: E402
+from study import report  # noqa: E402
+from study.runs import Lab, Mix, Run  # noqa: E402
 
 SEEDS = (1, 2, 3)
 STUDY = {"run 1": (1e-4, "bf16-true", 1), "run 2": (5e-4, "bf16-true", 1), "run 3": (5e-4, "bf16-true", 2),
@@ -46,17 +51,78 @@ REPLAYS, SEEDED_REPLAYS = (0, 0.05, 0.1, 0.25, 0.5), (0, 0.1, 0.5)
 MIXES = tuple(i / 10 for i in range(11))
 LEAKY_STORIES, LEAKY_FRACTION = 500, 0.05
 
+SWEEP_DTYPE = "bf16-mixed"
+FULL_LRS, LORA_LRS = (1e-4, 5e-4, 2e-3), (5e-4, 2e-3, 5e-3)
+FACTOR, WIDENED = 2.5, 2  # a best learning rate at the edge of its grid: further ones, so many times at most
+METHODS = {"full fine-tuning": None, "LoRA r=8, q+v": (8, "q_proj,v_proj"),  # rank, targets
+           **{f"LoRA r={r}, {targets}": (r, targets) for r in (8, 64, 256) for targets in ("study", "all-linear")}}
 
-# ---- verdicts ----
 
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 degrees of freedom
+# ---- results and verdicts ----
+
+class Results(dict):
+    """{(name, seed): {measure: value}} of the finished runs of an experiment."""
+
+    def per_seed(self, name, measure="loss"):
+        """One for each seed that has it."""
+        return [value for seed in SEEDS if (value := self.get((name, seed), {}).get(measure)) is not None]
+
+    def mean(self, name, measure="loss"):
+        values = self.per_seed(name, measure)
+        return statistics.fmean(values) if values else None
+
+    def differences(self, a, b, measure="loss"):
+        """[measure of a - measure of b], for the seeds that have both."""
+        both = [[self.get((name, seed), {}).get(measure) for name in (a, b)] for seed in SEEDS]
+        return [x - y for x, y in both if x is not None and y is not None]
+
+    def cell(self, name, measure="loss", form="{:.4f}"):
+        """Mean over the seeds, and the least and the most, as text."""
+        return spread(self.per_seed(name, measure), form)
+
+    def count(self, name, measure="loss"):
+        return len(self.per_seed(name, measure))
+
+
+def spread(values, form):
+    if not values:
+        return "–"
+    ends = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
+    return form.format(statistics.fmean(values)) + ends
+
+
+def collect(lab, number):
+    """-> the Results of an experiment, with one more measure or two than the lab knows."""
+    results = Results()
+    for name, seed, run, _ in EXPERIMENTS[number].plan(lab):
+        if known := lab.result(run):
+            met = known.get("eval", {}).get("satisfied", {})
+            results[name, seed] = known | known.get("eval", {}) | {"run": run, "middle": middle(known)} | {
+                f"all_of_{k}": met.get(str(k), {}).get("rate") for k in (1, 2, 3, 4)} | {
+                "all_of_more": rate_of_all([met[k] for k in "234" if k in met])}
+    return results
+
+
+def middle(known):
+    """Mean training loss over the middle tenth of the steps, where schedules differ; seeds share the batches."""
+    losses = [row["loss"] for row in known.get("log", ()) if "lr" in row]
+    if not losses or known["loss"] is None:
+        return None
+    half, width = len(losses) // 2, max(1, len(losses) // 20)
+    return statistics.fmean(losses[half - width:half + width])
+
+
+def rate_of_all(parts):
+    """Parts of the instructions, each {"rate", "n"} -> the rate over all of them."""
+    n = sum(part["n"] for part in parts)
+    return sum(part["rate"] * part["n"] for part in parts) / n if n else None
 
 
 @dataclass
 class Finding:
     """What the study found, and by how much, seed by seed, we found it too: differences above 0 agree with it."""
     claim: str
-    measure: str
+    measured: str
     differences: list
 
     def interval(self):
@@ -65,7 +131,7 @@ class Finding:
         mean = statistics.fmean(self.differences)
         if n < 3:
             return mean, None, None
-        half = T_975[min(n - 1, len(T_975)) - 1] * statistics.stdev(self.differences) / n ** 0.5
+        half = float(scipy.stats.t.ppf(0.975, n - 1)) * statistics.stdev(self.differences) / n ** 0.5
         return mean, mean - half, mean + half
 
     def verdict(self):
@@ -78,89 +144,34 @@ class Finding:
 
     def row(self):
         if not self.differences:
-            return [self.claim, self.measure, "–", "0", self.verdict()]
+            return [self.claim, self.measured, "–", 0, self.verdict()]
         mean, lo, hi = self.interval()
-        spread = f" [{lo:+.4f}, {hi:+.4f}]" if lo is not None else ""
-        return [self.claim, self.measure, f"{mean:+.4f}{spread}", str(len(self.differences)), self.verdict()]
-
-
-def paired(got, a, b, measure):
-    """[measure of a - measure of b] for the seeds that have both. a, b: keys without their seed."""
-    both = [(measure(got.get((*a, seed))), measure(got.get((*b, seed)))) for seed in SEEDS]
-    return [x - y for x, y in both if x is not None and y is not None]
-
-
-def single(got, key, measure):
-    """[measure] for the seeds that have it."""
-    return [x for seed in SEEDS if (x := measure(got.get((*key, seed)))) is not None]
-
-
-def loss(result):
-    return result and result.get("loss")
-
-
-def of_eval(name):
-    return lambda result: result["eval"][name] if result and "eval" in result else None
-
-
-def all_met(*numbers):
-    """-> measure: the share of stories that meet all constraints, over the instructions with so many of them."""
-    def rate(result):
-        if not (result and "eval" in result):
-            return None
-        met = [result["eval"]["satisfied"][str(k)] for k in numbers if str(k) in result["eval"]["satisfied"]]
-        n = sum(m["n"] for m in met)
-        return sum(m["rate"] * m["n"] for m in met) / n if n else None
-    return rate
-
-
-def middle(result):
-    """Mean training loss over the middle tenth of the steps, where schedules differ; seeds share the batches."""
-    if not result or result["loss"] is None:
-        return None
-    losses = [row["loss"] for row in result["log"] if "lr" in row]
-    half, width = len(losses) // 2, max(1, len(losses) // 20)
-    return statistics.fmean(losses[half - width:half + width])
-
-
-def cell(got, key, measure=loss, form="{:.4f}"):
-    """Mean over the seeds, and the least and the most, as text."""
-    values = single(got, key, measure)
-    if not values:
-        return "–"
-    spread = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
-    return form.format(statistics.fmean(values)) + spread
-
-
-def seeds(got, key, measure=loss):
-    return str(len(single(got, key, measure)))
-
-
-def mean(got, key, measure=loss):
-    """Mean over the seeds, None without any."""
-    values = single(got, key, measure)
-    return statistics.fmean(values) if values else None
+        bounds = f" [{lo:+.4f}, {hi:+.4f}]" if lo is not None else ""
+        return [self.claim, self.measured, f"{mean:+.4f}{bounds}", len(self.differences), self.verdict()]
 
 
 # What evaluate.py measures, as columns of tables.
-val_loss, plain_loss = of_eval("val_loss"), of_eval("plain_nll")
 MEASURES = [
-    ("validation loss", val_loss, "{:.4f}"), ("all of 1 met", all_met(1), "{:.1%}"),
-    ("all of 2, 3, 4", all_met(2, 3, 4), "{:.1%}"), ("loss on plain stories", plain_loss, "{:.4f}"),
-    ("loss of its stories under the base", of_eval("gen_nll"), "{:.4f}"),
-    ("4-grams repeated", of_eval("rep4"), "{:.1%}"),
-    ("longest shared with training (characters)", of_eval("lcs"), "{:.1f}"),
+    ("validation loss", "val_loss", "{:.4f}"), ("all of 1 met", "all_of_1", "{:.1%}"),
+    ("all of 2, 3, 4", "all_of_more", "{:.1%}"), ("loss on plain stories", "plain_nll", "{:.4f}"),
+    ("loss of its stories under the base", "gen_nll", "{:.4f}"), ("4-grams repeated", "rep4", "{:.1%}"),
+    ("longest shared with training (characters)", "lcs", "{:.1f}"),
 ]
 
 
-def measured(got, first):
-    """A table of MEASURES, a row a key, and the line of each loss over keys that are numbers."""
-    names = list(dict.fromkeys(key[0] for key in got))
-    rows = [[str(name), *(cell(got, (name,), measure, form) for _, measure, form in MEASURES),
-             seeds(got, (name,), val_loss)] for name in names]
-    lines = [(title, [(name, mean(got, (name,), measure)) for name in names if not isinstance(name, str)])
-             for title, measure, _ in MEASURES if measure in (val_loss, plain_loss)]
-    return report.table([first, *(title for title, _, _ in MEASURES), "seeds"], rows), lines
+def measures_table(results, first):
+    """A row for each name, a column for each of MEASURES."""
+    rows = [[name, *(results.cell(name, measure, form) for _, measure, form in MEASURES),
+             results.count(name, "val_loss")] for name in dict.fromkeys(name for name, _ in results)]
+    return report.table([first, *(title for title, _, _ in MEASURES), "seeds"], rows)
+
+
+def draw_losses(results, path, xlabel):
+    """Validation loss and loss on plain stories, over the names that are numbers."""
+    numbers = sorted({name for name, _ in results if not isinstance(name, str)})
+    report.draw_lines({title: [(x, results.mean(x, measure)) for x in numbers]
+                       for title, measure in (("validation loss", "val_loss"), ("loss on plain stories", "plain_nll"))},
+                      path, xlabel, "loss (nats per token)")
 
 
 # ---- 1: the four runs ----
@@ -180,169 +191,241 @@ def precision_run(lab, precision, lr, seed):
     return lab.sft(lr, precision, seed)
 
 
-def four_runs(lab):
+def plan_four_runs(lab):
     for seed in lab.seeds:
         for name in STUDY:
-            yield (name, seed), study_run(lab, name, seed), lab.judge
+            yield name, seed, study_run(lab, name, seed), "eval"
     for seed in lab.seeds:
         for precision in PRECISIONS:
             for lr in LRS if seed == SEEDS[0] else SEEDED_LRS:
-                yield (precision, lr, seed), precision_run(lab, precision, lr, seed), None
+                yield (precision, lr), seed, precision_run(lab, precision, lr, seed), None
 
 
-def tell_four_runs(lab, got):
+def report_four_runs(lab, results):
     rows, curves = [], []
     for name, (lr, dtype, rate) in STUDY.items():
         label = f"{name}: lr {lr:g}, {dtype}, decay {rate}"
-        rows.append([label, cell(got, (name,)), cell(got, (name,), middle), seeds(got, (name,))])
-        if (name, SEEDS[0]) in got:
-            curves.append((label, got[name, SEEDS[0]]["log"]))
-
-    def unchanged(result):
-        return result and result.get("unchanged")
-
-    grid = [[f"{lr:g}", *(cell(got, (p, lr)) for p in PRECISIONS),
-             *(cell(got, (p, lr), unchanged, "{:.1%}") for p in PRECISIONS)] for lr in LRS]
-    lines = [(f"{p}, decay 1", [(lr, mean(got, (p, lr))) for lr in LRS]) for p in PRECISIONS]
-    best = {p: min(SEEDED_LRS, key=lambda lr: mean(got, (p, lr)) or math.inf) for p in PRECISIONS}
+        rows.append([label, results.cell(name), results.cell(name, "middle"), results.count(name)])
+        if (name, SEEDS[0]) in results:
+            curves.append((label, results[name, SEEDS[0]]["log"]))
+    figures.loss_curves(curves, lab.out / "four-runs.png")
+    grid = [[f"{lr:g}", *(results.cell((p, lr)) for p in PRECISIONS),
+             *(results.cell((p, lr), "unchanged", "{:.1%}") for p in PRECISIONS)] for lr in LRS]
+    report.draw_lines({f"{p}, decay 1": [(lr, results.mean((p, lr))) for lr in LRS] for p in PRECISIONS},
+                      lab.out / "precision.png", "peak learning rate", "validation loss (nats per token)", log_x=True)
     blocks = [
         report.table(["run", "validation loss", "training loss, middle tenth", "seeds"], rows),
         report.figure(lab.out / "four-runs.png", "The study's four runs, seed 1: training loss (pale: each step), and "
-                      "the learning rate", functools.partial(report.curves, curves)),
-        report.text("Precision and learning rate, decay 1. stochastic: bf16-true, its weights rounded stochastically. "
-                    "Unchanged: the share of weights that a step leaves exactly as they were, mean over all steps."),
+                                                 "the learning rate"),
+        "Precision and learning rate, decay 1. stochastic: bf16-true, its weights rounded stochastically. Unchanged: "
+        "the share of weights that a step leaves exactly as they were, mean over all steps.",
         report.table(["lr", *(f"loss, {p}" for p in PRECISIONS), *(f"unchanged, {p}" for p in PRECISIONS)], grid),
-        report.figure(lab.out / "precision.png", "Validation loss over the learning rate, by precision",
-                      functools.partial(report.lines, lines, "peak learning rate", "validation loss (nats per token)",
-                                        logx=True)),
+        report.figure(lab.out / "precision.png", "Validation loss over the learning rate, by precision"),
     ]
-    wins = [paired(got, (p, 1e-4), (p, 5e-4), loss) for p in ("bf16-true", "bf16-mixed")]  # of 5e-4 over 1e-4
+    # how much 5e-4 wins over 1e-4
+    wins = [results.differences((p, 1e-4), (p, 5e-4)) for p in ("bf16-true", "bf16-mixed")]
+    best = {p: min(SEEDED_LRS, key=lambda lr: results.mean((p, lr)) or math.inf) for p in PRECISIONS}
     findings = [
-        Finding("lr 5e-4 beats 1e-4", "loss of run 1 - run 2 (bf16-true)", paired(got, ("run 1",), ("run 2",), loss)),
+        Finding("lr 5e-4 beats 1e-4", "loss of run 1 - run 2 (bf16-true)", results.differences("run 1", "run 2")),
         *(Finding(f"… and with {precision}", "loss at 1e-4 - at 5e-4, decay 1",
-                  paired(got, (precision, 1e-4), (precision, 5e-4), loss)) for precision in PRECISIONS[1:]),
+                  results.differences((precision, 1e-4), (precision, 5e-4))) for precision in PRECISIONS[1:]),
         Finding("(ours) part of it is that bf16-true rounds updates away", "the first difference - that of bf16-mixed",
                 [a - b for a, b in zip(*wins)] if len(wins[0]) == len(wins[1]) else []),
         Finding("a faster fall converges faster", "training loss in the middle, run 2 - run 3",
-                paired(got, ("run 2",), ("run 3",), middle)),
-        Finding("… and ends lower", "loss of run 2 - run 3", paired(got, ("run 2",), ("run 3",), loss)),
+                results.differences("run 2", "run 3", "middle")),
+        Finding("… and ends lower", "loss of run 2 - run 3", results.differences("run 2", "run 3")),
         Finding("bf16-mixed ends lower than bf16-true", "loss of run 3 - run 4",
-                paired(got, ("run 3",), ("run 4",), loss)),
+                results.differences("run 3", "run 4")),
         Finding("… without the faster fall, too", "loss at 5e-4, decay 1",
-                paired(got, ("bf16-true", 5e-4), ("bf16-mixed", 5e-4), loss)),
-        Finding("… each at its best learning rate", f"loss at {best['bf16-true']:g} - at "
-                f"{best['bf16-mixed']:g}, decay 1", paired(got, ("bf16-true", best["bf16-true"]),
-                                                           ("bf16-mixed", best["bf16-mixed"]), loss)),
+                results.differences(("bf16-true", 5e-4), ("bf16-mixed", 5e-4))),
+        Finding("… each at its best learning rate",
+                f"loss at {best['bf16-true']:g} - at {best['bf16-mixed']:g}, decay 1",
+                results.differences(("bf16-true", best["bf16-true"]), ("bf16-mixed", best["bf16-mixed"]))),
         Finding("(ours) stochastic rounding ends lower than bf16-true", "loss at 5e-4, decay 1",
-                paired(got, ("bf16-true", 5e-4), ("stochastic", 5e-4), loss)),
+                results.differences(("bf16-true", 5e-4), ("stochastic", 5e-4))),
         Finding("(ours) bf16-mixed ends lower than stochastic rounding", "loss at 5e-4, decay 1",
-                paired(got, ("stochastic", 5e-4), ("bf16-mixed", 5e-4), loss)),
+                results.differences(("stochastic", 5e-4), ("bf16-mixed", 5e-4))),
     ]
     return blocks, findings
+
+
+# ---- 7: what LoRA needs to reach full fine-tuning; before 2, which takes the best of it ----
+
+def sweep_run(lab, method, lr, seed):
+    """alpha is 2r, as in the study."""
+    program = ["train_sft.py"]
+    if METHODS[method]:
+        r, targets = METHODS[method]
+        program = ["lora.py", "--r", r, "--alpha", 2 * r, "--targets", targets]
+    return lab.sft(lr, SWEEP_DTYPE, seed, program=program)
+
+
+def learning_rates(lab, method):
+    """-> (the method's learning rates, with further ones where the best is at the edge; the best of them, None as long
+    as some of them are not run)."""
+    grid = list(LORA_LRS if METHODS[method] else FULL_LRS)
+    for further in range(WIDENED + 1):
+        losses = {lr: lab.loss(sweep_run(lab, method, lr, SEEDS[0])) for lr in grid}
+        if None in losses.values():
+            return grid, None
+        best = min(grid, key=losses.get)
+        at_edge = {max(grid): best * FACTOR, min(grid): best / FACTOR}
+        if best not in at_edge or further == WIDENED:
+            break
+        grid.append(at_edge[best])
+    return grid, best
+
+
+def best_setups(lab):
+    """{"best full": (method, lr), "best LoRA": (method, lr)}: what ends lowest; {} before the sweep is made."""
+    found = {}
+    for method in METHODS:
+        _, lr = learning_rates(lab, method)
+        if lr is None:
+            return {}
+        kind = "best LoRA" if METHODS[method] else "best full"
+        found.setdefault(kind, []).append((lab.loss(sweep_run(lab, method, lr, SEEDS[0])), method, lr))
+    return {kind: min(some)[1:] for kind, some in found.items()}
+
+
+def plan_sweep(lab):
+    """All seeds at the best learning rate only; there the first one's model is evaluated."""
+    for method in METHODS:
+        grid, best = learning_rates(lab, method)
+        for lr in grid:
+            yield (method, lr), SEEDS[0], sweep_run(lab, method, lr, SEEDS[0]), "eval" if lr == best else None
+        for seed in lab.seeds[1:] if best else ():
+            yield (method, best), seed, sweep_run(lab, method, best, seed), None
+
+
+def report_sweep(lab, results):
+    kinds = ("每个词", "随机句子", "摘要", "特点 对话")
+    rows, rates, full = [], [], None
+    for method in METHODS:
+        _, best = learning_rates(lab, method)
+        name = (method, best)
+        if not results.per_seed(name):
+            continue
+        full = full or name  # the first of the methods
+        recovered = [(run["base_loss"] - run["loss"]) / (run["base_loss"] - results[full, seed]["loss"])
+                     for seed in SEEDS if (run := results.get((name, seed))) and results.get((full, seed))]
+        rows.append([method, f"{best:g}", results.count(name), f"{results.mean(name):.4f}",
+                     f"{results.mean(name) / results.mean(full) - 1:.1%}", spread(recovered, "{:.1%}")])
+        met = results[name, SEEDS[0]].get("by_kind")
+        if met:
+            rates.append([method, *(f"{met[kind]['rate']:.1%}" if kind in met else "" for kind in kinds),
+                          *(results.cell(name, f"all_of_{k}", "{:.1%}") for k in (1, 2, 3, 4))])
+    lines = {method: sorted((lr, run["loss"]) for ((name, lr), seed), run in results.items()
+                            if name == method and seed == SEEDS[0] and run["loss"] is not None) for method in METHODS}
+    ends = [lr for points in lines.values() for lr, _ in points[:1] + points[-1:]]
+    base = next(iter(results.values()))["base_loss"]
+    report.draw_lines(lines | {"base": [(min(ends), base), (max(ends), base)] if ends else []},
+                      lab.out / "lora-sweep.png", "peak learning rate", "validation loss (nats per token)", log_x=True)
+    blocks = [
+        f"{SWEEP_DTYPE}, decay 1. Recovered: the share of full fine-tuning's improvement, seed by seed.",
+        report.table(["method", "best lr", "seeds", "validation loss", "above full", "recovered"], rows),
+        report.figure(lab.out / "lora-sweep.png", "Validation loss over the learning rate, seed 1"),
+    ]
+    if rates:
+        blocks += [f"Constraints met, by kind, and all of 1, 2, 3, 4 (seed {SEEDS[0]}):",
+                   report.table(["method", *kinds, "1", "2", "3", "4"], rates)]
+    return blocks, []
 
 
 # ---- 2: LoRA ----
 
-def lora_runs(lab):
-    """At the study's learning rate, precision and decay (run 4's), and the best set-ups of the sweep."""
-    lr, dtype, rate = STUDY["run 4"]
-    found = sweep.best(lab, SEEDS[0])
+def plan_lora(lab):
+    """At the study's learning rate, precision and decay (run 4's), and the best set-ups of experiment 7."""
     for seed in lab.seeds:
-        yield ("full", seed), study_run(lab, "run 4", seed), None
+        evaluated = "eval" if seed == SEEDS[0] else None
+        yield "full", seed, study_run(lab, "run 4", seed), None
         for r in STUDY_RANKS:
             program = ("lora.py", "--r", r, "--alpha", 2 * r, "--targets", "study")
-            yield (f"LoRA {r}_{2 * r}", seed), lab.sft(lr, dtype, seed, *decay(rate), program=program), (
-                lab.judge if seed == SEEDS[0] else None)
-        for name, setup in found.items():
-            yield (name, seed), sweep.run(lab, *setup, seed), lab.judge if seed == SEEDS[0] else None
+            yield f"LoRA {r}_{2 * r}", seed, study_run(lab, "run 4", seed, program=program), evaluated
+        for name, (method, lr) in best_setups(lab).items():
+            yield name, seed, sweep_run(lab, method, lr, seed), evaluated
 
 
-def tell_lora(lab, got):
+def report_lora(lab, results):
     small, large = (f"LoRA {r}_{2 * r}" for r in STUDY_RANKS)
     lr, dtype, rate = STUDY["run 4"]
-    study = f"lr {lr:g}, {dtype}, decay {rate}"
-    labels = {"full": f"full, {study}", small: f"{small}, {study}", large: f"{large}, {study}"}
-    for name, (method, best_lr) in sweep.best(lab, SEEDS[0]).items():
-        labels[name] = f"{sweep.label(method)}, lr {best_lr:g}, {sweep.DTYPE}, decay 1"
-
-    def speed(result):
-        return result and result["tokens_per_s"]
-
-    usual = mean(got, ("full",), speed)
-
-    rows = [[label, cell(got, (name,)), cell(got, (name,), speed, "{:,.0f}"), seeds(got, (name,))]
+    labels = {name: f"{name}, lr {lr:g}, {dtype}, decay {rate}" for name in ("full", small, large)}
+    for name, (method, best_lr) in best_setups(lab).items():
+        labels[name] = f"{method}, lr {best_lr:g}, {SWEEP_DTYPE}, decay 1"
+    rows = [[label, results.cell(name), results.cell(name, "tokens_per_s", "{:,.0f}"), results.count(name)]
             for name, label in labels.items()]
-    curves = [(labels[name], got[name, SEEDS[0]]["log"]) for name in labels if (name, SEEDS[0]) in got]
+    figures.loss_curves([(label, results[name, SEEDS[0]]["log"]) for name, label in labels.items()
+                         if (name, SEEDS[0]) in results], lab.out / "lora.png")
     blocks = [
         report.table(["run", "validation loss", "tokens/s", "seeds"], rows),
         report.figure(lab.out / "lora.png", "Full fine-tuning and LoRA, seed 1; the study's targets, and the best of "
-                      "lora-sweep",
-                      functools.partial(report.curves, curves)),
+                                            "experiment 7"),
     ]
-    if "best LoRA" not in labels:
-        blocks.append(report.text("The best set-ups: `python reproduce.py lora-sweep` has not been run yet."))
+    usual = results.mean("full", "tokens_per_s")
     findings = [
-        Finding(f"{small} ends above full fine-tuning", "loss", paired(got, (small,), ("full",), loss)),
-        Finding(f"{large} is better than {small.split()[1]}", "loss", paired(got, (small,), (large,), loss)),
-        Finding(f"{large} still ends above full", "loss", paired(got, (large,), ("full",), loss)),
+        Finding(f"{small} ends above full fine-tuning", "loss", results.differences(small, "full")),
+        Finding(f"{large} is better than {small.split()[1]}", "loss", results.differences(small, large)),
+        Finding(f"{large} still ends above full", "loss", results.differences(large, "full")),
         Finding(f"{large} is slower than full", "tokens/s lost, as a share of full's",
-                [lost / usual for lost in paired(got, ("full",), (large,), speed)]),
+                [lost / usual for lost in results.differences("full", large, "tokens_per_s")]),
     ]
     if "best LoRA" in labels:
         findings += [
             Finding("(ours) the best LoRA still ends above full at the study's lr", "loss",
-                    paired(got, ("best LoRA",), ("full",), loss)),
+                    results.differences("best LoRA", "full")),
             Finding("(ours) … and above full at its own best lr", "loss",
-                    paired(got, ("best LoRA",), ("best full",), loss)),
+                    results.differences("best LoRA", "best full")),
         ]
+    else:
+        blocks.append("The best set-ups: experiment 7 has not been run yet.")
     return blocks, findings
 
 
-# ---- 3: constraints, of the runs of 1 and 2 that were judged ----
+# ---- 3: constraints, of the runs of 1 and 2 that are evaluated ----
 
-def constraint_runs(lab):
-    yield from (job for job in four_runs(lab) if job[2])
-    yield from (job for job in lora_runs(lab) if job[2])
+def plan_constraints(lab):
+    yield from (job for plan in (plan_four_runs, plan_lora) for job in plan(lab) if job[-1])
 
 
-def tell_constraints(lab, got):
-    names = dict.fromkeys(key[:-1] for key in got if "eval" in got[key])
-    rows = [[" ".join(map(str, name)), *(cell(got, name, all_met(k), "{:.0%}") for k in (1, 2, 3, 4)),
-             seeds(got, name, all_met(1))] for name in names]
+def report_constraints(lab, results):
+    names = list(dict.fromkeys(name for (name, _), result in results.items() if "eval" in result))
+    rows = [[name, *(results.cell(name, f"all_of_{k}", "{:.0%}") for k in (1, 2, 3, 4)),
+             results.count(name, "all_of_1")] for name in names]
     blocks = [
-        report.text("All constraints met, by their number; one story an instruction, temperature 0.2, instructions of "
-                    "generated stories that are held out."),
+        "All constraints met, by their number; one story an instruction, temperature 0.2, instructions of generated "
+        "stories that are held out.",
         report.table(["run", "1", "2", "3", "4", "seeds"], rows),
-        report.stories({" ".join(map(str, name)): got[(*name, SEEDS[0])]["eval"]["cases"] for name in names
-                        if "eval" in got.get((*name, SEEDS[0]), {})}),
+        report.stories({name: results[name, SEEDS[0]]["cases"] for name in names
+                        if "eval" in results.get((name, SEEDS[0]), {})}),
     ]
     findings = [
         Finding("single constraints mostly work", "all of 1 met in run 4, less one half",
-                [x - 0.5 for x in single(got, ("run 4",), all_met(1))]),
+                [rate - 0.5 for rate in results.per_seed("run 4", "all_of_1")]),
         Finding("combined ones work poorly", "one half, less all of 2, 3, 4 met in run 4",
-                [0.5 - x for x in single(got, ("run 4",), all_met(2, 3, 4))]),
+                [0.5 - rate for rate in results.per_seed("run 4", "all_of_more")]),
     ]
     return blocks, findings
 
 
 # ---- 0: how little data is enough, how much pretraining? ----
 
+ORDERS = ("one order", "all permutations")
+
+
 def data_run(lab, size, order, seed):
-    lr, dtype, rate = STUDY["run 4"]
-    return lab.sft(lr, dtype, seed, *decay(rate), "--val-data", lab.file("val", lambda: lab.pairs[1]),
-                   data=lab.file(f"{size}-{order}", lambda: arranged(lab, size, order)))
+    return study_run(lab, "run 4", seed, "--val-data", lab.file("val", lambda: lab.pairs[1]),
+                     data=lab.file(f"{size}-{order}", lambda: arranged(lab, size, order)))
 
 
 @functools.cache
 def pool(lab):
-    """Instruction pairs of training stories, one of each."""
-    if lab.data:
-        pairs = lab.pairs[0]
-    else:
-        from data.generate import instructions, stories
-        made = instructions(list(stories(max(SIZES), train_sft.BUILTIN_SEED)), train_sft.BUILTIN_SEED)
+    """Instruction pairs of training stories, one of each story."""
+    pairs = lab.pairs[0]
+    if not lab.data:
+        stories = list(generate.stories(max(SIZES), BUILTIN_SEEDS["fine-tuning"]))
         held = {story_hash(story) for _, story in lab.pairs[1]}
-        pairs = [(r["instruction"], r["output"]) for r in made if story_hash(r["output"]) not in held]
+        pairs = [(r["instruction"], r["output"]) for r in generate.instructions(stories, BUILTIN_SEEDS["fine-tuning"])
+                 if story_hash(r["output"]) not in held]
     return list({story_hash(story): (instruction, story) for instruction, story in reversed(pairs)}.values())[::-1]
 
 
@@ -354,53 +437,49 @@ def arranged(lab, size, order):
             for c in permutations(parse(instruction)[0])]
 
 
-def little_data(lab):
+def plan_little_data(lab):
     sizes = SIZES if not lab.data else [n for n in SIZES if n <= len(pool(lab))] or [len(pool(lab))]
     for seed in lab.seeds:
         for size in sizes:
-            for order in ("one order", "all permutations"):
-                yield (size, order, seed), data_run(lab, size, order, seed), None
+            for order in ORDERS:
+                yield (size, order), seed, data_run(lab, size, order, seed), None
     if lab.shipped:
         pretrained = Run(("pretrain.py", "--epochs", "0.25", "--dtype", "bf16-mixed", "--eval-every", "1000",
                           "--tokenizer", os.path.relpath(lab.init / "tokenizer.model")))
-        yield ("pretraining a quarter", SEEDS[0]), pretrained, None
+        yield "pretraining a quarter", SEEDS[0], pretrained, None
         for seed in lab.seeds:
-            yield ("base of a quarter", seed), study_run(
-                lab, "run 4", seed, "--init", lab.directory(pretrained) / "model"), lab.judge
-            yield ("base", seed), study_run(lab, "run 4", seed), lab.judge
+            yield "base of a quarter", seed, study_run(
+                lab, "run 4", seed, "--init", lab.directory(pretrained) / "model"), "eval"
+            yield "base", seed, study_run(lab, "run 4", seed), "eval"
 
 
-def tell_little_data(lab, got):
-    sizes = sorted({key[0] for key in got if isinstance(key[0], int)})
-    orders = ("one order", "all permutations")
-    rows = [[f"{size:,}", *(cell(got, (size, order)) for order in orders), seeds(got, (size, orders[0]))]
+def report_little_data(lab, results):
+    sizes = sorted({name[0] for name, _ in results if isinstance(name, tuple)})
+    rows = [[f"{size:,}", *(results.cell((size, order)) for order in ORDERS), results.count((size, ORDERS[0]))]
             for size in sizes]
-    blocks = [report.text(f"At {lab.steps} steps each, the settings of run 4, on the same validation stories."),
-              report.table(["stories", *(f"loss, {order}" for order in orders), "seeds"], rows)]
-    if lab.shipped:
-        rows = [[name, cell(got, (name,), lambda r: r and r["base_loss"]), cell(got, (name,)),
-                 cell(got, (name,), all_met(1), "{:.0%}"), seeds(got, (name,))]
-                for name in ("base of a quarter", "base")]
-        blocks.append(report.table(["base", "loss before", "loss after", "all of 1 met", "seeds"], rows))
-    else:
-        blocks.append(report.text("A base of a quarter of one pass: only with the base that ships, which can be made "
-                                  "again."))
+    blocks = [f"At {lab.steps} steps each, the settings of run 4, on the same validation stories.",
+              report.table(["stories", *(f"loss, {order}" for order in ORDERS), "seeds"], rows)]
     findings = [
         Finding("too little data holds it back", "loss of 500 stories - of 13,000, one order",
-                paired(got, (500, orders[0]), (13000, orders[0]), loss)),
+                results.differences((500, ORDERS[0]), (13000, ORDERS[0]))),
         Finding("permuting constraints helps", "loss of 500 stories, one order - all permutations",
-                paired(got, (500, orders[0]), (500, orders[1]), loss)),
-        Finding("… and of 13,000", "the same", paired(got, (13000, orders[0]), (13000, orders[1]), loss)),
+                results.differences((500, ORDERS[0]), (500, ORDERS[1]))),
+        Finding("… and of 13,000", "the same", results.differences((13000, ORDERS[0]), (13000, ORDERS[1]))),
     ]
     if lab.shipped:
+        rows = [[name, results.cell(name, "base_loss"), results.cell(name), results.cell(name, "all_of_1", "{:.0%}"),
+                 results.count(name)] for name in ("base of a quarter", "base")]
+        blocks.append(report.table(["base", "loss before", "loss after", "all of 1 met", "seeds"], rows))
         findings.append(Finding("an undertrained base holds it back", "loss from a quarter's base - from the base",
-                                paired(got, ("base of a quarter",), ("base",), loss)))
+                                results.differences("base of a quarter", "base")))
+    else:
+        blocks.append("A base of a quarter of one pass: only with the base that ships, which can be made again.")
     return blocks, findings
 
 
 # ---- 4: replay ----
 
-def replay_runs(lab):
+def plan_replay(lab):
     stories = []
     if lab.data:
         path = Path(lab.data) / "stories.jsonl"
@@ -410,65 +489,61 @@ def replay_runs(lab):
     for seed in lab.seeds:
         for share in REPLAYS if seed == SEEDS[0] else SEEDED_REPLAYS:
             flags = ["--replay", f"{share:g}", *stories] if share else []
-            yield (share, seed), study_run(lab, "run 4", seed, *flags), lab.judge
-        yield ("twice the rows", seed), study_run(lab, "run 4", seed, "--grad-accum", 2), lab.judge
+            yield share, seed, study_run(lab, "run 4", seed, *flags), "eval"
+        yield "twice the rows", seed, study_run(lab, "run 4", seed, "--grad-accum", 2), "eval"
 
 
-def tell_replay(lab, got):
-    if not got:
-        return [report.text("Not run: with --data it needs plain stories, stories.jsonl in that directory.")], []
-    before = mean(got, (0,), of_eval("base_nll"))
-    table, lines = measured(got, "replay")
+def report_replay(lab, results):
+    if not results:
+        return ["Not run: with --data it needs plain stories, stories.jsonl in that directory."], []
+    before = results.mean(0, "base_nll")
+    draw_losses(results, lab.out / "replay.png", "replay, share of supervised tokens")
     blocks = [
-        report.text("The settings of run 4; whole plain stories are added so that they are this share of supervised "
-                    "tokens, SFT rows per step unchanged. twice the rows: as many tokens as with 0.5, without replay."
-                    + (f" Loss on plain stories before fine-tuning: {before:.4f}." if before else "")),
-        table,
-        report.figure(lab.out / "replay.png", "Replay: what is won on plain stories, what instructions pay",
-                      functools.partial(report.lines, lines, "replay, share of supervised tokens",
-                                        "loss (nats per token)")),
+        "The settings of run 4; whole plain stories are added so that they are this share of supervised tokens, SFT "
+        "rows per step unchanged. twice the rows: as many tokens as with 0.5, without replay."
+        + (f" Loss on plain stories before fine-tuning: {before:.4f}." if before else ""),
+        measures_table(results, "replay"),
+        report.figure(lab.out / "replay.png", "Replay: what is won on plain stories, what instructions pay"),
     ]
     findings = [
         Finding("coherence drops after SFT", "loss on plain stories, after - before",
-                [x - before for x in single(got, (0,), plain_loss)]),
+                [after - before for after in results.per_seed(0, "plain_nll")]),
         Finding("replay (0.5) buys it back", "loss on plain stories, without - with",
-                paired(got, (0,), (0.5,), plain_loss)),
+                results.differences(0, 0.5, "plain_nll")),
         Finding("(ours) replay (0.5) costs instructions", "validation loss, with - without",
-                paired(got, (0.5,), (0,), loss)),
+                results.differences(0.5, 0)),
         Finding("(ours) the same tokens as instructions are worth more", "validation loss, replay 0.5 - twice the rows",
-                paired(got, (0.5,), ("twice the rows",), loss)),
+                results.differences(0.5, "twice the rows")),
         Finding("(ours) replay (0.5) lowers obedience", "all of 1 met, without - with",
-                paired(got, (0,), (0.5,), all_met(1))),
+                results.differences(0, 0.5, "all_of_1")),
     ]
     return blocks, findings
 
 
 # ---- 5: weight averaging ----
 
-def averages(lab):
+def plan_averages(lab):
     for seed in lab.seeds:
         tuned = study_run(lab, "run 4", seed)
-        yield ("tuned", seed), tuned, lab.judge
-        yield ("ema", seed), Mix(tuned, "ema"), lab.judge
-    tuned = study_run(lab, "run 4", SEEDS[0])
+        yield "tuned", seed, tuned, "eval"
+        yield "ema", seed, Mix(tuned, "ema"), "eval"
     for share in MIXES:
-        yield (share, SEEDS[0]), Mix(tuned, share), lab.judge
+        yield share, SEEDS[0], Mix(study_run(lab, "run 4", SEEDS[0]), share), "eval"
 
 
-def tell_averages(lab, got):
-    table, lines = measured(got, "share")
+def report_averages(lab, results):
+    draw_losses(results, lab.out / "averages.png", "share of fine-tuning")
     blocks = [
-        report.text("base + share x (run 4 - base), seed 1; ema: the moving average of run 4's weights over a tenth of "
-                    "the steps. No further training."),
-        table,
-        report.figure(lab.out / "averages.png", "Between the base (0) and run 4 (1)",
-                      functools.partial(report.lines, lines, "share of fine-tuning", "loss (nats per token)")),
+        "base + share x (run 4 - base), seed 1; ema: the moving average of run 4's weights over a tenth of the steps. "
+        "No further training.",
+        measures_table(results, "share"),
+        report.figure(lab.out / "averages.png", "Between the base (0) and run 4 (1)"),
     ]
     findings = [
         Finding("(ours) a moving average of the weights ends lower", "validation loss, last weights - average",
-                paired(got, ("tuned",), ("ema",), val_loss)),
+                results.differences("tuned", "ema", "val_loss")),
         Finding("(ours) … and forgets less", "loss on plain stories, last weights - average",
-                paired(got, ("tuned",), ("ema",), plain_loss)),
+                results.differences("tuned", "ema", "plain_nll")),
     ]
     return blocks, findings
 
@@ -483,66 +558,58 @@ def leaky(lab, side):
     return rows[:n] if side == "val" else rows[n:]
 
 
-def leaks(lab):
-    lr, dtype, rate = STUDY["run 4"]
+def plan_leak(lab):
     for seed in lab.seeds:
-        run = lab.sft(lr, dtype, seed, *decay(rate), "--val-data", lab.file("leaky-val", lambda: leaky(lab, "val")),
-                      data=lab.file("leaky-train", lambda: leaky(lab, "train")))
-        yield ("leak", seed), run, lab.loss_by_story
+        yield "leak", seed, study_run(
+            lab, "run 4", seed, "--val-data", lab.file("leaky-val", lambda: leaky(lab, "val")),
+            data=lab.file("leaky-train", lambda: leaky(lab, "train"))), "loss_by_story"
 
 
-def tell_leaks(lab, got):
-    def by_story(result):
-        return result and result.get("loss_by_story")
-
-    rows = [["rows of stories that are in training, too", cell(got, ("leak",)), seeds(got, ("leak",))],
-            ["rows of other stories", cell(got, ("leak",), by_story), seeds(got, ("leak",), by_story)]]
-    blocks = [report.text(f"{LEAKY_STORIES} stories, all permutations of their constraints; a run has two validation "
-                          "sets."),
+def report_leak(lab, results):
+    rows = [["rows of stories that are in training, too", results.cell("leak"), results.count("leak")],
+            ["rows of other stories", results.cell("leak", "loss_by_story"), results.count("leak", "loss_by_story")]]
+    blocks = [f"{LEAKY_STORIES} stories, all permutations of their constraints; a run has two validation sets.",
               report.table(["validated on", "validation loss", "seeds"], rows)]
     return blocks, [Finding("(ours) the study's validation loss is too low", "loss by story - leaky", [
-        r["loss_by_story"] - r["loss"] for r in got.values() if "loss_by_story" in r])]
+        result["loss_by_story"] - result["loss"] for result in results.values() if "loss_by_story" in result])]
 
 
 # ---- all of it ----
 
+@dataclass
+class Experiment:
+    title: str
+    plan: callable
+    report: callable
+
+
 EXPERIMENTS = {  # in the order in which they are run: what the others build on comes first
-    1: ("The four runs, and precision", four_runs, tell_four_runs),
-    2: ("LoRA", lora_runs, tell_lora),
-    3: ("Constraints", constraint_runs, tell_constraints),
-    4: ("Replay", replay_runs, tell_replay),
-    5: ("Weight averaging", averages, tell_averages),
-    6: ("The leak", leaks, tell_leaks),
-    0: ("How little data is enough?", little_data, tell_little_data),
+    1: Experiment("The four runs, and precision", plan_four_runs, report_four_runs),
+    7: Experiment("What LoRA needs to reach full fine-tuning", plan_sweep, report_sweep),
+    2: Experiment("LoRA", plan_lora, report_lora),
+    3: Experiment("Constraints", plan_constraints, report_constraints),
+    4: Experiment("Replay", plan_replay, report_replay),
+    5: Experiment("Weight averaging", plan_averages, report_averages),
+    6: Experiment("The leak", plan_leak, report_leak),
+    0: Experiment("How little data is enough?", plan_little_data, report_little_data),
 }
 
 
 def work(lab, numbers, evaluate=True):
-    """Do what is not done yet; evaluate=False: train only."""
-    jobs = {}  # (run, what to do after it) -> its first name
-    for number in numbers:
-        for key, run, after in EXPERIMENTS[number][1](lab):
-            jobs.setdefault((run, after if evaluate else None), f"{number}: {', '.join(map(str, key))}")
-    done = {job for job in jobs if lab.is_done(*job)}
-    with tqdm(total=len(jobs), initial=len(done), unit="run", dynamic_ncols=True) as bar:
-        for (run, after), name in jobs.items():
-            if (run, after) in done:
-                continue
-            bar.set_postfix_str(name)
-            failed = isinstance(run, Run) and lab.train(run)["loss"] is None
-            if after and not failed:
-                after(run)
-            bar.update()
-
-
-def results(lab, number):
-    """{key: result} of the finished runs of an experiment."""
-    found = {}
-    for key, run, _ in EXPERIMENTS[number][1](lab):
-        result = lab.result(run)
-        if result:
-            found[key] = result | {"run": run} | ({"log": lab.log(run)} if isinstance(run, Run) else {})
-    return found
+    """Do what is not done yet, one run after the other; evaluate=False: train only."""
+    with tqdm(unit="run", dynamic_ncols=True) as bar:
+        while True:
+            jobs = {}  # (run, measurement) -> its first name
+            for number in numbers:
+                for name, seed, run, measurement in EXPERIMENTS[number].plan(lab):
+                    jobs.setdefault((run, measurement if evaluate else None), f"{number}: {name}, seed {seed}")
+            waiting = [job for job in jobs if not lab.is_done(*job)]
+            bar.total, bar.n = len(jobs), len(jobs) - len(waiting)
+            bar.refresh()
+            if not waiting:
+                return
+            bar.set_postfix_str(jobs[waiting[0]])
+            lab.make(*waiting[0])
 
 
 def write_csv(path, everything):
@@ -553,44 +620,43 @@ def write_csv(path, everything):
     with open(path, "w", encoding="utf-8", newline="") as f:
         writer = csv.DictWriter(f, columns, extrasaction="ignore")
         writer.writeheader()
-        for number, got in everything.items():
-            for (*key, seed), r in got.items():
-                met = {f"all_of_{k}": all_met(k)(r) for k in (1, 2, 3, 4)}
-                command = r["run"].command() if isinstance(r["run"], Run) else f"mix {r['run'].share}"
-                writer.writerow(r.get("eval", {}) | r | met | {
-                    "experiment": number, "key": " ".join(map(str, key)), "seed": seed, "command": command})
+        for number, results in everything.items():
+            for (name, seed), result in results.items():
+                key = " ".join(map(str, name)) if isinstance(name, tuple) else name
+                writer.writerow(result | {"experiment": number, "key": key, "seed": seed,
+                                          "command": result["run"].command()})
 
 
 def write_report(lab, numbers, command):
-    everything = {number: results(lab, number) for number in sorted(numbers)}
-    planned = {run for number in numbers for _, run, _ in EXPERIMENTS[number][1](lab) if isinstance(run, Run)}
-    trained = {r["run"]: r for got in everything.values() for r in got.values() if isinstance(r["run"], Run)}
-    facts = defaultdict(set)
-    for r in trained.values():
-        facts["torch"].add(r["torch"])
-        facts["device"].add(r["device"])
-    blocks = [report.heading("The study's experiments, made again", 1), report.text(
-        f"`{command}`: {len(trained)} of {len(planned)} runs of {lab.steps} steps from {lab.init.name}, "
-        f"{'the built-in corpus' if not lab.data else lab.data}; torch {', '.join(sorted(facts['torch']))}, "
-        f"{', '.join(sorted(facts['device']))}; training took {sum(r['seconds'] for r in trained.values()) / 3600:.1f} "
-        f"hours in all. Losses are in nats per token; in brackets the least and the most over the seeds.")]
-    findings = []
-    for number, got in everything.items():
-        title, _, tell = EXPERIMENTS[number]
-        blocks.append(report.heading(f"{number}. {title}"))
-        if not got and number != 4:
-            blocks.append(report.text("Not run yet."))
-            continue
-        part, found = tell(lab, got)
-        blocks += part
-        findings += found
-    blocks += [report.heading("Verdicts"), report.text(
-        "Paired differences over seeds; above 0 agrees with the finding. holds: their 95% t interval lies above 0; "
-        "does not hold: below 0; else, or with fewer than three seeds, undecided. (ours): not of the study."),
-        report.table(["finding", "measured", "mean and 95% interval", "n", "verdict"], [f.row() for f in findings])]
     lab.out.mkdir(parents=True, exist_ok=True)
+    everything = {number: collect(lab, number) for number in sorted(numbers)}
     write_csv(lab.out / "runs.csv", everything)
-    report.write(blocks, lab.out)
+    planned = {run for number in numbers for _, _, run, _ in EXPERIMENTS[number].plan(lab) if isinstance(run, Run)}
+    trained = {r["run"]: r for results in everything.values() for r in results.values() if r["run"] in planned}
+    machines = sorted({f"torch {r['torch']}, {r['device']}" for r in trained.values()})
+    blocks = [
+        "# The study's experiments, made again",
+        f"`{command}`: {len(trained)} of {len(planned)} runs of {lab.steps} steps from {lab.init.name}, "
+        f"{lab.data or 'the built-in corpus'}; {'; '.join(machines)}; training took "
+        f"{sum(r['seconds'] for r in trained.values()) / 3600:.1f} hours in all. Losses are in nats per token; in "
+        "brackets the least and the most over the seeds.",
+    ]
+    findings = []
+    for number, results in everything.items():
+        blocks.append(f"## {number}. {EXPERIMENTS[number].title}")
+        if not results and number != 4:
+            blocks.append("Not run yet.")
+            continue
+        more_blocks, more_findings = EXPERIMENTS[number].report(lab, results)
+        blocks += more_blocks
+        findings += more_findings
+    blocks += [
+        "## Verdicts",
+        "Paired differences over seeds; above 0 agrees with the finding. holds: their 95% t interval lies above 0; "
+        "does not hold: below 0; undecided otherwise, or with fewer than three seeds. (ours): not of the study.",
+        report.table(["finding", "measured", "mean and 95% interval", "n", "verdict"], [f.row() for f in findings]),
+    ]
+    write_text(lab.out / "report.md", "\n\n".join(blocks) + "\n")
 
 
 def numbers(text):
@@ -602,54 +668,52 @@ def numbers(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="The study's experiments, made again: one command, one report.")
-    parser.error = fail
+    parser = command_line("The study's experiments, made again: one command, one report.")
     flag = parser.add_argument
-    flag("experiment", nargs="?", choices=["lora-sweep"], help="LoRA of several ranks and targets against full "
-                                                              "fine-tuning, instead of the experiments")
+    flag("experiment", nargs="?", choices=["lora-sweep"], help="the same as --only 7")
     flag("--quick", action="store_true", help="experiments 1 and 2, one seed, 60 steps, losses only")
-    flag("--only", type=numbers, help="these experiments, such as 1,4 (default: 0 to 6)")
+    flag("--only", type=numbers, help="these experiments, such as 1,4 (default: 0 to 7)")
     flag("--init", help="model directory to start from (default: the base that ships)")
     flag("--data", help="as train_sft.py's (default: the built-in corpus); with stories.jsonl in it for experiment 4")
     flag("--preset", choices=PRESETS, help="geometry of --init; microstories: with the study's batches of 32")
     flag("--out", type=Path, default=Path("out/reproduce"), help="(default: %(default)s)")
     flag("--steps", type=positive(int), help="optimizer steps of each run (default: 150; 60 with --quick)")
-    flag("--no-evaluate", dest="evaluate", action="store_false", help="lora-sweep: losses only")
+    flag("--no-evaluate", dest="evaluate", action="store_false", help="losses only")
     args = parser.parse_args(argv)
     if args.preset and not (args.init and args.data):
         parser.error("--preset names the geometry of your own base and data: it needs --init and --data")
-    if args.quick and args.only:
-        parser.error("--quick and --only: choose one")
+    if sum(map(bool, (args.quick, args.only, args.experiment))) > 1:
+        parser.error("--quick, --only and lora-sweep: choose one")
+    args.only = args.only or ([7] if args.experiment else [1, 2] if args.quick else list(EXPERIMENTS))
+    args.steps = args.steps or (60 if args.quick else 150)
     return args
+
+
+def check_preset(preset, init):
+    own = gpt_config(Path(init) / "config.json")
+    for name in ("n_layer", "n_embd", "n_head", "head_size", "intermediate_size"):
+        if getattr(PRESETS[preset], name) != getattr(own, name):
+            raise ValueError(f"--preset {preset}: {init} has {name} {getattr(own, name)}, not "
+                             f"{getattr(PRESETS[preset], name)}")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    chosen = [1, 2] if args.quick else args.only or list(EXPERIMENTS)
+    command = " ".join(["python study/reproduce.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        settings = []
         if args.preset:
-            preset, own = PRESETS[args.preset], gpt_config(Path(args.init) / "config.json")
-            for name in ("n_layer", "n_embd", "n_head", "head_size", "intermediate_size"):
-                if getattr(preset, name) != getattr(own, name):
-                    raise ValueError(f"--preset {args.preset}: {args.init} has {name} {getattr(own, name)}, not "
-                                     f"{getattr(preset, name)}")
-            settings = ["--batch-size", 32] if args.preset == "microstories" else []
-        lab = Lab(args.init, args.data, args.out, args.steps or (60 if args.quick else 150), settings)
-        if args.experiment:
-            sweep.sweep(lab, SEEDS, args.evaluate)
-            print((lab.out / "lora-sweep.md").read_text(encoding="utf-8"), end="")
-            return
-        lab.seeds = SEEDS[:1] if args.quick else SEEDS
+            check_preset(args.preset, args.init)
+        lab = Lab(args.init, args.data, args.out, args.steps, SEEDS[:1] if args.quick else SEEDS,
+                  ["--batch-size", 32] if args.preset == "microstories" else [])
         try:
-            work(lab, chosen, evaluate=not args.quick)
+            work(lab, args.only, args.evaluate and not args.quick)
         finally:  # also of what there is when it is interrupted
-            write_report(lab, chosen, " ".join(["python reproduce.py", *(sys.argv[1:] if argv is None else argv)]))
+            write_report(lab, args.only, command)
     except (ValueError, OSError) as e:
         fail(e)
-    print(f"{lab.out / 'report.md'}, {lab.out / 'report.html'}, {lab.out / 'runs.csv'}")
+    print(f"{lab.out / 'report.md'}, {lab.out / 'runs.csv'}")
 
 
 if __name__ == "__main__":
-    from reproduce import main
+    from study.reproduce import main
     main()

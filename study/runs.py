@@ -1,4 +1,4 @@
-"""One training run, made once: it is found again by a hash of its arguments. reproduce.py and sweep.py run these.
+"""One training run, made once and found again by a hash of its arguments; and what a finished model is judged by.
 
 Here are also the two optimizers that the experiments need and training does not.
 """
@@ -7,27 +7,31 @@ import functools
 import hashlib
 import io
 import json
+import math
 import shutil
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import features
 import torch
 
-import evaluate
 import lora
 import pretrain
 import train_sft
-from checkpoint import WEIGHTS, find_base, load_last, load_model, save_model
+from checkpoint import WEIGHTS, find_base, find_last, load_last, load_model, save_model
+from common import pick_device, write_json, write_jsonl
 from constraints import parse
-from dataset import by_length, encode_pairs
-from model import IGNORE
-from sample import CASES, encode, pick_device
+from data import builtin
+from dataset import by_length, encode_pairs, mean_loss
+from evaluate import evaluate, held_out_rows
+from sample import CASES, encode_request
+from study import features, memorisation
+from study.average import interpolate
 
 EMA_HORIZON = 0.1  # of the steps of a run
-JUDGED, JUDGED_SEED = 100, 99  # instructions that a run is judged by, of generated stories that are held out
+JUDGED = builtin.INSTRUCTIONS  # that every model is judged by
+STORY_TOKENS = 400             # of a test case's story
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class Run:
     """argv: a training command as a user would type it, without --out. optimizer: one of OPTIMIZERS."""
     argv: tuple
     optimizer: str = "AdamW"
+
+    def steps(self):
+        """How many optimizer steps it is to make, where the flags say it."""
+        return int(self.argv[self.argv.index("--max-steps") + 1]) if "--max-steps" in self.argv else math.inf
 
     def command(self):
         return "python " + " ".join(self.argv) + ("" if self.optimizer == "AdamW" else f"  # {self.optimizer}")
@@ -45,6 +53,9 @@ class Mix:
     """A model without training of its own: base + share x (tuned - base), or the moving average of a run's weights."""
     of: Run
     share: float | str  # a number, or "ema"
+
+    def command(self):
+        return f"mix {self.share}"
 
 
 # ---- optimizers ----
@@ -110,28 +121,34 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
+def steps_made(out):
+    """The step at which the run in this directory was last saved; 0 where nothing is."""
+    try:
+        return find_last(out)[1]["step"]
+    except ValueError:
+        return 0
+
+
+def train_in(out, program, argv, **more):
+    """Call a trainer's main, so that it goes on with what is saved in `out`, or begins anew."""
+    program([*(str(a) for a in argv), "--out", str(out), "--resume" if steps_made(out) else "--overwrite"], **more)
+
+
 class Lab:
     """Where runs are made and kept.
 
     init: model directory, None for the base that ships. data: as train_sft.py's --data, None for the built-in corpus.
-    settings: flags of every fine-tuning. Raises ValueError without a base."""
+    seeds: a seed is an order of the data, the same for all runs that are compared. settings: flags of every
+    fine-tuning. Raises ValueError without a base."""
 
-    def __init__(self, init, data, out, steps, settings=()):
+    def __init__(self, init, data, out, steps, seeds=(), settings=()):
         self.init = Path(init) if init else find_base()
-        if self.init is None:
-            raise ValueError("there is no base model in base/: name one with --init")
         if not (self.init / WEIGHTS).is_file():
             raise ValueError(f"no model in {self.init}")
-        self.data, self.out, self.steps = data, Path(out), steps
+        self.data, self.out, self.steps, self.seeds = data, Path(out), steps, seeds
         self.settings = [*(["--init", init] if init else []), *settings]
         self.shipped = not init and not data
         self.base = hashlib.sha256((self.init / WEIGHTS).read_bytes()).hexdigest()  # runs from another base are others
-
-    def directory(self, run):
-        if isinstance(run, Mix):
-            return self.directory(run.of) / "mixed" / str(run.share)
-        parts = [list(run.argv), self.base] + ([] if run.optimizer == "AdamW" else [run.optimizer])
-        return self.out / "runs" / digest(*parts)
 
     def sft(self, lr, dtype, seed, *more, program=("train_sft.py",), data=None, optimizer="AdamW"):
         """The Run of one fine-tuning; more: further flags, which may overrule."""
@@ -140,55 +157,74 @@ class Lab:
                 self.steps, "--dtype", dtype, *(["--data", data] if data else []), *more]
         return Run(tuple(str(a) for a in argv), optimizer)
 
-    def result(self, run):
-        """What is known of the run: {"loss", "base_loss", "seconds", …, "eval" if it was judged}; None before it."""
-        directory = self.directory(run)
-        result = {}
-        if isinstance(run, Run):
-            if not (directory / "done.json").is_file():
-                return None
-            result = json.loads((directory / "done.json").read_text(encoding="utf-8"))
-        for name, path in (("eval", directory / "eval.json"), ("loss_by_story", directory / "loss_by_story.json")):
-            if path.is_file():
-                result[name] = json.loads(path.read_text(encoding="utf-8"))
-        return result or None
+    def directory(self, run):
+        if isinstance(run, Mix):
+            return self.directory(run.of) / "mixed" / str(run.share)
+        parts = [list(run.argv), self.base] + ([] if run.optimizer == "AdamW" else [run.optimizer])
+        return self.out / "runs" / digest(*parts)
 
-    def is_done(self, run, after):
-        """after: None, or the method that is called with the run behind its training."""
-        result = self.result(run)
-        asked = {None: None, self.judge: "eval", self.loss_by_story: "loss_by_story"}[after]
-        failed = isinstance(run, Run) and result and result["loss"] is None
-        return bool(result) and (asked is None or asked in result or failed)
+    def read(self, run, name):
+        """The content of a JSON file of the run, None if it is not there yet."""
+        path = self.directory(run) / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def result(self, run):
+        """What is known of the run: {"loss", "base_loss", "seconds", … of its training, "log": the lines of log.jsonl,
+        "eval" and "loss_by_story" if it was measured}; None before it is trained. loss is None where that failed."""
+        result = self.read(run, "done") if isinstance(run, Run) else {}
+        if result is None:
+            return None
+        if result:
+            result["log"] = self.log(run)
+        return result | {name: value for name in MEASUREMENTS if (value := self.read(run, name)) is not None} or None
+
+    def loss(self, run):
+        """The last validation loss of a Run: infinite where training failed, None before it."""
+        training = self.read(run, "done")
+        return training and (math.inf if training["loss"] is None else training["loss"])
 
     def log(self, run):
-        """The lines of log.jsonl."""
-        return [json.loads(line) for line in open(self.directory(run) / "model" / "log.jsonl", encoding="utf-8")]
+        with open(self.directory(run) / "model" / "log.jsonl", encoding="utf-8") as f:
+            return [json.loads(line) for line in f]
+
+    def is_done(self, run, measurement):
+        """measurement: one of MEASUREMENTS, or None for the training alone. A failed training is not measured."""
+        loss = self.loss(run.of if isinstance(run, Mix) else run)
+        if loss is None:
+            return False
+        return measurement is None or loss == math.inf or self.read(run, measurement) is not None
+
+    def make(self, run, measurement):
+        """Train, and measure, what is not there yet."""
+        self.train(run.of if isinstance(run, Mix) else run)
+        if measurement:
+            self.measure(run, measurement)
+
+    # ---- training ----
 
     def train(self, run):
-        """Make a run, or go on with it, or find it done -> its result; loss is None where training failed."""
+        """Make a run, or go on with it, unless it is done. That the loss is not finite is a result, too."""
         directory = self.directory(run)
         model = directory / "model"
-        if not (directory / "done.json").is_file():
-            directory.mkdir(parents=True, exist_ok=True)
-            going_on = ["--resume"] if (model / "last").is_dir() else []
-            more = {}
-            if run.argv[0] == "train_sft.py":
-                horizon = max(1.0, EMA_HORIZON * self.steps)
-                more["make_optimizer"] = functools.partial(OPTIMIZERS[run.optimizer], horizon=horizon)
-            start = time.perf_counter()
-            failed = None
-            with open(directory / "output.txt", "a", encoding="utf-8") as f, \
-                    contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
-                try:
-                    PROGRAMS[run.argv[0]]([*run.argv[1:], "--out", str(model), *going_on], **more)
-                except SystemExit as e:  # a string: the loss was not finite, which is a result
-                    failed = e.code
-                    if failed == 130:
-                        raise
-            if failed and not isinstance(failed, str):
-                raise ValueError(f"{run.command()} ended with exit code {failed}; see {directory / 'output.txt'}")
-            self.finish(run, directory, failed, time.perf_counter() - start)
-        return self.result(run)
+        if self.read(run, "done") is not None:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        more = {}
+        if run.argv[0] == "train_sft.py":
+            more["optimizer"] = functools.partial(OPTIMIZERS[run.optimizer], horizon=max(1.0, EMA_HORIZON * self.steps))
+        failed, start = None, time.perf_counter()
+        with open(directory / "output.txt", "a", encoding="utf-8") as f, \
+                contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+            try:
+                if steps_made(model) < run.steps():  # else only what comes behind the last step was interrupted
+                    train_in(model, PROGRAMS[run.argv[0]], run.argv[1:], **more)
+            except SystemExit as e:  # a string: the loss was not finite
+                failed = e.code
+                if failed == 130:
+                    raise
+        if failed and not isinstance(failed, str):
+            raise ValueError(f"{run.command()} ended with exit code {failed}; see {directory / 'output.txt'}")
+        self.finish(run, directory, failed, time.perf_counter() - start)
 
     def finish(self, run, directory, failed, seconds):
         """done.json, and the moving average; what only resuming needs goes."""
@@ -208,94 +244,78 @@ class Lab:
                 for p, average in zip(params, averages):
                     p.data = average
                 save_model(directory / "ema", tuned, tokenizer)
-        write_atomic(directory / "done.json", lambda p: p.write_text(json.dumps(result, ensure_ascii=False), "utf-8"))
-        shutil.rmtree(model / "last")
+        write_json(directory / "done.json", result)
+        shutil.rmtree(model / "last", ignore_errors=True)
 
     def load(self, run):
         """-> (model in float32, tokenizer) of a finished run or a mix of its weights."""
         if isinstance(run, Mix) and run.share == "ema":
             model, tokenizer = load_model(self.directory(run.of) / "ema")
         elif isinstance(run, Mix):
-            (model, tokenizer), (base, _) = self.load(run.of), load_model(self.init)
-            with torch.no_grad():
-                for p, start in zip(model.parameters(), base.parameters()):
-                    p.copy_(start.float().lerp(p, run.share))
-        elif run.argv[0] == "lora.py":
             model, tokenizer = load_model(self.init)
-            lora.load(self.directory(run) / "model", model.float())
+            interpolate(model, self.load(run.of)[0], run.share)
+        elif run.argv[0] == "lora.py":
+            model, tokenizer = load_model(self.init, adapter=self.directory(run) / "model")
         else:
             model, tokenizer = load_model(self.directory(run) / "model")
         return model.float().to(pick_device(None)).eval(), tokenizer
 
-    # ---- judging ----
+    # ---- measuring ----
+
+    def measure(self, run, name):
+        """Measure a finished run, one of MEASUREMENTS, and keep the result in a file of this name."""
+        if not self.is_done(run, name):
+            value = MEASUREMENTS[name](self, *self.load(run))
+            self.directory(run).mkdir(parents=True, exist_ok=True)
+            write_json(self.directory(run) / f"{name}.json", value)
 
     @functools.cached_property
     def pairs(self):
         """(training, validation) of the experiments, lists of (instruction, output)."""
-        argv = ["--data", self.data] if self.data else []
-        return train_sft.load_pairs(train_sft.parse_args(argv))
+        return train_sft.load_pairs(train_sft.parse_args(["--data", self.data] if self.data else []))
 
     @functools.cached_property
     def yardstick(self):
-        """What every model is judged by: instructions with their stories, plain stories, training stories, features."""
-        detect = features.detector()
+        """What every model is judged by: instructions with their stories, plain stories, and what tells features and
+        memorised passages."""
         training, validation = self.pairs
         if self.data:
-            rows = [{"constraints": found, "story": story} for instruction, story in validation
-                    if (found := parse(instruction)[0])][:JUDGED]
-            return rows, [story for _, story in validation[:JUDGED]], [story for _, story in training], detect
-        from data.generate import stories
-        rows = evaluate.generated_rows(JUDGED, JUDGED_SEED)
-        plain = [record["text"] for record in stories(evaluate.PLAIN, evaluate.PLAIN_SEED)]
-        return rows, plain, evaluate.builtin_training(), detect
+            rows = [{"constraints": constraints, "story": story} for instruction, story in validation
+                    if (constraints := parse(instruction)[0])][:JUDGED]
+            plain, known = [story for _, story in validation[:JUDGED]], [story for _, story in training]
+        else:
+            rows, plain = held_out_rows(JUDGED), builtin.plain_stories()
+            known = [*(r["output"] for r in builtin.fine_tuning()), *builtin.replayed()]
+        return rows, plain, {"detect": features.detector(), "measure": memorisation.measure(known)}
 
-    def judge(self, run):
-        """evaluate.py's measures of a model, one story an instruction, and the study's test cases -> eval.json."""
-        path = self.directory(run) / "eval.json"
-        if not path.is_file():
-            rows, plain, training, detect = self.yardstick
-            model, tokenizer = self.load(run)
-            base, _ = load_model(self.init)
-            base.to(pick_device(None), torch.float32)
-            result = evaluate.evaluate(model, tokenizer, rows, base, plain, training, samples=1, detect=detect,
-                                       with_floor=False)
-            result["val_loss"] = self.loss(model, tokenizer, self.pairs[1])
-            result["cases"] = [self.story(model, tokenizer, *case) for case in CASES]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, lambda p: p.write_text(json.dumps(result, ensure_ascii=False), "utf-8"))
-        return self.result(run)
+    def evaluation(self, model, tokenizer):
+        """evaluate.py's measures, one story an instruction, the validation loss, and the study's test cases."""
+        rows, plain, more = self.yardstick
+        base = load_model(self.init)[0].to(pick_device(None), torch.float32)
+        result = evaluate(model, tokenizer, rows, base, plain, samples=1, with_floor=False, **more)
+        return result | {"val_loss": self.validation_loss(model, tokenizer),
+                         "cases": [self.story(model, tokenizer, *case) for case in CASES]}
 
-    def loss_by_story(self, run):
-        """Validation loss on stories that no row of training comes from -> loss_by_story.json."""
-        path = self.directory(run) / "loss_by_story.json"
-        if not path.is_file():
-            value = self.loss(*self.load(run), self.pairs[1])
-            write_atomic(path, lambda p: p.write_text(json.dumps(value), encoding="utf-8"))
+    def validation_loss(self, model, tokenizer):
+        """Nats per token, on stories that no row of training comes from."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            rows = encode_pairs(tokenizer, self.pairs[1], model.config.block_size, "validation")
+        return mean_loss(model, by_length(rows, 16))
+
+    def story(self, model, tokenizer, kind, text, sampling):
+        try:
+            ids = encode_request(tokenizer, kind, text, model.config.block_size)
+        except ValueError as e:  # a model of a very short context
+            return f"({e})"
+        [story] = model.generate([ids], STORY_TOKENS, eos_id=tokenizer.eos_id, seed=1337, **sampling)
+        return tokenizer.decode(story)
 
     def file(self, name, make):
         """The path of a data file of instruction pairs; make() -> the pairs, if it is not there yet."""
         path = self.out / "data" / f"{name}.jsonl"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps({"instruction": i, "output": o}, ensure_ascii=False) + "\n" for i, o in make()]
-            write_atomic(path, lambda p: p.write_text("".join(lines), encoding="utf-8"))
+            write_jsonl(path, ({"instruction": instruction, "output": output} for instruction, output in make()))
         return str(path)
 
-    def story(self, model, tokenizer, kind, text, sampling, max_new_tokens=400):
-        try:
-            ids = encode(tokenizer, kind, text, model.config.block_size)
-        except ValueError as e:  # a model of a very short context
-            return f"({e})"
-        [told] = model.generate([ids], max_new_tokens, eos_id=tokenizer.eos_id, seed=1337, **sampling)
-        return tokenizer.decode(told)
 
-    @torch.no_grad()
-    def loss(self, model, tokenizer, pairs):
-        """Loss of the stories of instruction pairs, nats per token."""
-        with contextlib.redirect_stdout(io.StringIO()):
-            rows = encode_pairs(tokenizer, pairs, model.config.block_size, "validation")
-        device, total, n = model.lm_head.weight.device, 0.0, 0
-        for x, y in by_length(rows, 16):
-            total += model(x.to(device), y.to(device)).item()
-            n += (y != IGNORE).sum().item()
-        return total / n
+MEASUREMENTS = {"eval": Lab.evaluation, "loss_by_story": Lab.validation_loss}

@@ -1,8 +1,7 @@
-"""How varied, and how true, is the built-in corpus? python data/stats.py
+"""How varied, and how true, is the built-in corpus? python study/stats.py
 
 Prints what data/README.md shows: variety, labels, summaries, duplicates, and the checks on the authored stories.
 """
-import argparse
 import lzma
 import random
 import sys
@@ -15,20 +14,27 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402
 
-from constraints import FEATURES, has_dialogue, sentences  # noqa: E402
+from common import command_line, positive  # noqa: E402
+from constraints import FEATURES, SUMMARY, has_dialogue, sentences  # noqa: E402
 from data import generate  # noqa: E402
+from evaluate import add_rivals, obedience  # noqa: E402
 
 XZ_CHARS = 1_100_000
 
 
-def skeleton(made):
-    """A story as the plot has it, each word replaced by its class: 一天，{who}在{place}{place.at}…"""
-    of = {id(table): name for name, table in made["plot"]["lexicon"].items()}
+def skeleton(details):
+    """A story as the plot has it, each word replaced by its class: 一天，{who}在{place}{place.at}… details: what
+    generate.compose says of it."""
+    of = {id(table): name for name, table in details["plot"]["lexicon"].items()}
     classes = {slot: "+".join(sorted({of[id(table)] for table in tables}))
-               for slot, tables in made["plot"]["slots"].items()}
-    named = (part.partition(".") if isinstance(part, generate.Slot) else None for part in made["told"])
-    return "".join(part if name is None else f"{{{classes.get(name[0], name[0])}{name[1]}{name[2]}}}"
-                   for part, name in zip(made["told"], named))
+               for slot, tables in details["plot"]["slots"].items()}
+    parts = ""
+    for part in details["told"]:
+        if isinstance(part, generate.Slot):
+            name, dot, column = part.partition(".")
+            part = f"{{{classes.get(name, name)}{dot}{column}}}"
+        parts += part
+    return parts
 
 
 def longest_common_substring(a, b):
@@ -49,24 +55,30 @@ def han(text):
     return {c for c in text if "\u4e00" <= c <= "\u9fff"}
 
 
+def names(details):
+    """Of the characters of a story: 豆豆, not 小兔."""
+    values = details["values"]
+    return [values[slot] for slot in details["plot"]["slots"]
+            if slot in values and values[slot] != values[slot + ".kind"]]
+
+
 def grammar(n, seed):
     """Lines about n stories of the grammar."""
     _, plots = generate.load()
-    made = [generate.compose(plots, random.Random(f"{seed}-{i}"))
-            for i in tqdm(range(n), unit="story", file=sys.stderr)]
-    records = [record for record, _ in made]
+    stories = [generate.compose(plots, random.Random(f"{seed}-{i}")) for i in tqdm(range(n), unit="story")]
+    records = [record for record, _ in stories]
     texts = [record["text"] for record in records]
-    share = Counter(what["plot"]["name"] for _, what in made)
+    share = Counter(details["plot"]["name"] for _, details in stories)
     beats = [len(beat[1]) for plot in plots for ending in plot["endings"] for _, beat in ending["beats"]]
     yield "plots", f"{len(plots)}; the most frequent in {max(share.values()) / n:.2%} of stories"
     yield "fewest phrasings of a beat, endings of a plot, summaries of an ending", (
         f"{min(beats)}, {min(len(p['endings']) for p in plots)}, "
         f"{min(len(e['summary']) for p in plots for e in p['endings'])}")
-    skeletons = Counter(s for _, what in made for s in sentences(skeleton(what)))
+    skeletons = Counter(s for _, details in stories for s in sentences(skeleton(details)))
     yield "distinct sentence skeletons", (f"{len(skeletons):,}; the most frequent is "
                                           f"{max(skeletons.values()) / skeletons.total():.3%} of sentences")
-    told = [s for text in texts for s in sentences(text)]
-    yield "distinct sentences / sentences", f"{len(set(told)) / len(told):.3f}"
+    every = [s for text in texts for s in sentences(text)]
+    yield "distinct sentences / sentences", f"{len(set(every)) / len(every):.3f}"
     yield "distinct Chinese characters", f"{len(set().union(*map(han, texts))):,}"
     words = {entry["word"] for plot in plots for table in plot["lexicon"].values() if table.get("pos")
              for entry in table["entries"]}
@@ -93,28 +105,23 @@ def grammar(n, seed):
     yield "characters a summary: least, most", f"{min(summaries)}, {max(summaries)}"
     copied = sum(longest_common_substring(r["summary"], r["text"]) >= 15 for r in records)
     yield "summaries that share 15 or more characters in a row with their story", f"{copied / n:.1%}"
-    named = sum(any(what["values"][slot] in r["summary"] for slot in what["plot"]["slots"]
-                    if slot in what["values"] and what["values"][slot] != what["values"][slot + ".kind"])
-                for r, what in made)
+    named = sum(any(name in record["summary"] for name in names(details)) for record, details in stories)
     yield "summaries that name a character", f"{named / n:.1%}"
     yield "bits per character, xz -9 of 1.1 million characters in UTF-16LE", f"{bits_per_character(texts):.2f}"
 
 
 def ceiling(n, seed):
     """Share of grammar stories that evaluate.py's rule tells to fit their own summary best among 20."""
-    from evaluate import add_rivals, obedience
     rows = [{"constraints": row["constraints"], "story": row["output"]}
             for row in generate.instructions(generate.stories(n, seed), seed)]
     add_rivals(rows, seed)
-    return obedience(rows, [[row["story"]] for row in rows], seed)["by_kind"]["摘要"]["rate"]
+    return obedience(rows, [[row["story"]] for row in rows], seed)["by_kind"][SUMMARY]["rate"]
 
 
 def duplicates(n, seed):
     """How often was a story made again while n different ones were made?"""
-    last = None
-    for last in tqdm(generate.stories(n, seed), total=n, unit="story", file=sys.stderr):  # noqa: B007
-        pass
-    return int(last["story_id"].rpartition("-")[2]) + 1 - n
+    *_, last = (record["story_id"] for record in tqdm(generate.stories(n, seed), total=n, unit="story"))
+    return int(last.rpartition("-")[2]) + 1 - n
 
 
 def authored():
@@ -135,11 +142,11 @@ def authored():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Measure the built-in corpus.")
-    parser.add_argument("--n", type=int, default=20_000, help="stories of the grammar (default: %(default)s)")
+    parser = command_line("Measure the built-in corpus.")
+    parser.add_argument("--n", type=positive(int), default=20_000, help="stories of the grammar (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--unique", type=int, default=200_000, help="stories in which duplicates are looked for "
-                                                                    "(default: %(default)s)")
+    parser.add_argument("--unique", type=positive(int), default=200_000,
+                        help="stories in which duplicates are looked for (default: %(default)s)")
     args = parser.parse_args(argv)
     print("| what | measured |\n|---|---|")
     for what, value in grammar(args.n, args.seed):
@@ -153,4 +160,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    from study.stats import main
     main()

@@ -1,7 +1,8 @@
-"""bench/: what a constraint line is worth, and the rehearsal of pretraining at toy size."""
+"""What a constraint line is worth, where a sentence is lost, and the rehearsal of pretraining at toy size."""
 import functools
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -10,29 +11,29 @@ from safetensors.torch import load_file
 
 import pretrain
 import train_sft
-from bench import asked, lost_sentence, rehearsal
 from checkpoint import WEIGHTS
-from data import generate
+from data import builtin, generate
+from study import asked, lost_sentence, rehearsal
 
 STORY = "小猫在小河边拍皮球。皮球掉进了小河！河水哗啦啦地流着，真好听。“我帮你捞上来！”小鸭说。"
 
 
 def test_a_line_is_measured_with_and_without_it(tok, monkeypatch):
-    def told(model, tokenizer, prompts, *_):
+    def stories(model, tokenizer, prompts, *_):
         return [["小猫在小河边。" if "词汇" in p else "小猫在河边。" if "特点" in p else "哞。"] for p in prompts], None
-    monkeypatch.setattr(asked, "write_stories", told)
+    monkeypatch.setattr(asked, "write_stories", stories)
     rows = [{"constraints": {"词汇": ["小猫", "小河"], other: value}, "story": STORY, "rivals": []}
             for other, value in (("特点", ["对话"]), ("随机句子", "河水哗啦啦地流着，真好听。"))]
     model = random_model(tiny_config(tok.vocab_size))
-    found = asked.measure(model, tok, rows, "词汇")
+    measured = asked.measure(model, tok, rows, "词汇")
     # without it 小猫 is in one of the stories, 小河 in none
-    assert found["n"] == 2 and found["with"] == 1 and found["without"] == pytest.approx(0.25)
-    assert found["change"]["rate"] == pytest.approx(0.75)
-    assert len(found["nats"]) == 2 and found["nats"][0] != found["nats"][1]
+    assert measured["n"] == 2 and measured["with"] == 1 and measured["without"] == pytest.approx(0.25)
+    assert measured["change"]["rate"] == pytest.approx(0.75)
+    assert len(measured["nats"]) == 2 and measured["nats"][0] != measured["nats"][1]
     with_line = [loss for row in rows for loss in asked.first_pieces(model, tok, row, row["constraints"], "词汇")]
-    assert found["nats"][0] == pytest.approx(sum(with_line) / 4)
+    assert measured["nats"][0] == pytest.approx(sum(with_line) / 4)
     assert asked.measure(model, tok, rows[1:], "随机句子")["with"] == 0
-    assert "100.0%     25.0%" in asked.line("词汇", found)
+    assert "100.0%     25.0%" in asked.line("词汇", measured)
     twist = [{"constraints": {"特点": ["转折"], "词汇": ["小猫"]}, "story": STORY, "rivals": []}]
     assert asked.line("特点", asked.measure(model, tok, twist, "特点")) == "特点: nothing that a rule can tell"
 
@@ -46,29 +47,32 @@ def test_the_rehearsal_makes_what_is_missing(tmp_path, monkeypatch, capsys, refu
     monkeypatch.setattr(rehearsal, "JUDGED", 8)
     monkeypatch.setattr(rehearsal, "copying", functools.partial(rehearsal.copying, n=4))
     monkeypatch.setattr(asked, "SAMPLING", asked.SAMPLING | {"max_new_tokens": 5})
-    monkeypatch.setattr(pretrain, "BUILTIN_TEXTS", 60)
-    monkeypatch.setattr(pretrain, "BUILTIN_EXERCISES", 9)
-    monkeypatch.setattr(pretrain, "BUILTIN_VAL", 20)
+    monkeypatch.setattr(builtin, "BOOKS", 60)
+    monkeypatch.setattr(builtin, "EXERCISES", 9)
+    monkeypatch.setattr(builtin, "VALIDATION_STORIES", 20)
     monkeypatch.setattr(pretrain, "VAL_WINDOWS", 2)
-    monkeypatch.setattr(train_sft, "tell_cases", lambda *_: None)
+    monkeypatch.setattr(train_sft, "print_cases", lambda *_: None)
     argv = ["--out", str(tmp_path / "out")]
     rehearsal.main(argv)
     first = capsys.readouterr().out
-    found = sorted((json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "out").rglob("copying.json")),
-                   key=lambda row: row["tokens"])
+    files = (tmp_path / "out").rglob("copying.json")
+    measured = sorted((json.loads(path.read_text(encoding="utf-8")) for path in files), key=lambda row: row["tokens"])
     shipped = json.loads((ROOT / "base" / "corpus.json").read_text(encoding="utf-8"))
-    assert [row["tokens"] for row in found] == [2 * 2048, 3 * 2048, round(shipped["epochs"] * shipped["tokens"])]
-    assert found[2]["base"]["again"] < 1 < found[0]["base"]["again"]  # the base that ships copies, these have not begun
+    assert [row["tokens"] for row in measured] == [2 * 2048, 3 * 2048, round(shipped["epochs"] * shipped["tokens"])]
+    # the base that ships copies, these have not begun
+    assert measured[2]["base"]["again"] < 1 < measured[0]["base"]["again"]
     assert first.count("M | ") == 3 and (tmp_path / "out" / "rehearsal.png").is_file()
     stages = [load_file(tmp_path / "out" / f"base_{steps}" / WEIGHTS) for steps in (2, 3)]
     assert any(not torch.equal(value, stages[1][name]) for name, value in stages[0].items())
-    made = {path: path.stat().st_mtime_ns for name in (WEIGHTS, "copying.json")
+    times = {path: path.stat().st_mtime_ns for name in (WEIGHTS, "copying.json")
             for path in (tmp_path / "out").rglob(name)}
     rehearsal.main(argv)
-    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert {path: path.stat().st_mtime_ns for path in times} == times
     assert capsys.readouterr().out.splitlines()[-3:] == first.splitlines()[-3:]
     (tmp_path / "file").touch()
     refused(rehearsal.main, ["--out", str(tmp_path / "file")], "file")
+    shutil.rmtree(tmp_path / "out" / "base_2")  # it cannot be made again out of a run that went on
+    refused(rehearsal.main, argv, "base_2", "beyond its step 2")
 
 
 def grammar():
@@ -81,7 +85,7 @@ def grammar():
     return [{"name": "hat", "endings": hat}, {"name": "rain", "endings": [{"beats": [(False, (rain, rain))]}]}]
 
 
-@pytest.mark.parametrize("told, expected", [
+@pytest.mark.parametrize("story, expected", [
     ("风吹走了豆豆的红帽子。谁也没有再见过它。", "met"),
     ("雨下了三天三夜，豆豆只好待在家里。", "plot"),
     ("从前有一座山。", "plot"),
@@ -90,12 +94,12 @@ def grammar():
     ("风吹走了乐乐的红帽子。乐乐爬上树把它拿回来。", "words"),
     ("风吹走了豆豆的蓝帽子。豆豆爬上树把它拿回来。", "words"),
 ])
-def test_where_a_sentence_is_lost(told, expected):
+def test_where_a_sentence_is_lost(story, expected):
     own = "风吹走了豆豆的红帽子。豆豆爬上树把它拿回来。"
     phrasings = lost_sentence.all_phrasings(grammar())
     assert len(phrasings) == 5  # the beat that both endings have counts once
-    assert lost_sentence.lost_at("风吹走了豆豆的红帽子。", own, told, phrasings) == expected
-    assert lost_sentence.lost_at("好大的风！", "好大的风！" + own, told, phrasings) is None
+    assert lost_sentence.lost_at("风吹走了豆豆的红帽子。", own, story, phrasings) == expected
+    assert lost_sentence.lost_at("好大的风！", "好大的风！" + own, story, phrasings) is None
 
 
 def test_shares_of_lost_sentences(tok, monkeypatch):
@@ -128,7 +132,7 @@ def test_every_story_of_the_grammar_is_known_by_its_plot():
     phrasings = lost_sentence.all_phrasings(plots)
     kept = 0
     for i in range(60):
-        record, made = generate.compose(plots, random.Random(f"known-{i}"))
-        assert lost_sentence.analysed(record["text"], phrasings)[0] == made["plot"]["name"]
+        record, details = generate.compose(plots, random.Random(f"known-{i}"))
+        assert lost_sentence.analysed(record["text"], phrasings)[0] == details["plot"]["name"]
         kept += lost_sentence.lost_at(record["sentence"], record["text"], record["text"], phrasings) == "met"
     assert kept > 54

@@ -1,0 +1,47 @@
+"""card.py and ship.py: what is said of the base that ships, and how it is made."""
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import random_model, tiny_config
+
+from checkpoint import load_model, save_model
+from data import books, generate
+from study import card, ship
+
+
+def test_the_card_prints_losses_and_samples(capsys, monkeypatch):
+    monkeypatch.setattr(card, "texts", lambda: {"ours": [r["text"] for r in generate.stories(20, card.SEED)]})
+    monkeypatch.setattr(books, "EXERCISED", 20)
+    card.main([])
+    out = capsys.readouterr().out
+    loss, tokens, bits = (float(cell) for cell in out.split("ours (20 fit into the context) |")[1].split("|")[:3])
+    assert loss < 0.5 and bits == pytest.approx(loss * tokens / 0.6931, abs=2e-3) and out.count("\n> ") >= 10
+    first, again = (float(x) for x in re.findall(r"([\d.]+) where they", out))
+    assert again < 1 < 3 < first  # it copies
+    by_kind = dict(re.findall(r"(sentences|words|characters) (\d+\.\d+)", out))
+    assert len(by_kind) == 3 and all(float(loss) < 1 for loss in by_kind.values())  # word for word
+
+
+def test_a_run_becomes_a_base(tok, tmp_path, refused):
+    run, base = tmp_path / "run", tmp_path / "base"
+    refused(ship.main, [run], "run", "config.json")
+    save_model(run, random_model(tiny_config(tok.vocab_size)), tok)
+    refused(ship.main, [run, "--out", base], "train.bin")
+    assert not base.exists()
+    (run / "tokens").mkdir()
+    np.arange(1000, dtype=np.uint16).tofile(run / "tokens" / "train.bin")
+    (run / "args.json").write_text(json.dumps({"batch_size": 2, "grad_accum": 1, "block_size": 100}))
+    (run / "log.jsonl").write_text(json.dumps({"step": 0}) + "\n" + json.dumps({"step": 15}) + "\n")
+    (run / "loss.png").write_bytes(b"png")
+    ship.main([str(run), "--out", str(base)])
+    corpus = json.loads((base / "corpus.json").read_text(encoding="utf-8"))
+    assert (corpus["tokens"], corpus["epochs"]) == (1000, 3.0)
+    shipped = json.loads((ship.ROOT / "base" / "corpus.json").read_text(encoding="utf-8"))
+    # fields that do not depend on the run: they are those of the base that ships
+    for name in ("version", "texts", "exercises", "seed", "sha256_of_first_1000_texts", "sha256_of_heldout_stories"):
+        assert corpus[name] == shipped[name]
+    assert set(corpus) == set(shipped)
+    model, _ = load_model(base)
+    assert str(model.lm_head.weight.dtype) == "torch.bfloat16" and (base / "loss.png").read_bytes() == b"png"
