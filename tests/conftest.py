@@ -10,7 +10,6 @@ import torch
 from checkpoint import save_model
 from model import GPT, GPTConfig
 from pretrain import train_tokenizer
-from study import features
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,15 +35,6 @@ def random_model(config, seed=0, scale=0.1):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * scale)
     return model.eval()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def small_classifier(tmp_path_factory):
-    """The classifier of features on few stories, and not in the out/ of whoever runs the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "STORIES", 1500)
-        patch.setattr(features, "CACHE", tmp_path_factory.mktemp("features") / "features.pt")
-        yield
 
 
 @pytest.fixture(scope="session")
