@@ -41,9 +41,7 @@ from constraints import (
 from data.clean import CHECKS, CHINESE, clean
 from data.duplicates import near_duplicates
 from data.extract import EXTRACTS, candidate_words, choose_words, extract
-from records import BOM, RowError, instruction_of, refuse_other_formats, scan_stream, story_hash, text_field
-
-NEAR_LIMIT = 200_000  # records up to which near-duplicates are looked for
+from records import BOM, RowError, instruction_of, refuse_other_formats, scan, story_hash, text_field
 
 
 @dataclass(slots=True)
@@ -102,7 +100,7 @@ def read_rows(path):
         head = f.read(1 << 16).removeprefix(BOM).lstrip().split(b"\n")
         f.seek(0)
         if any(line.lstrip().startswith((b"{", b"[")) for line in head):
-            yield from scan_stream(f, path)
+            yield from scan(f, path)
             return
         refuse_other_formats(path, head[0])
         for row, block in enumerate(f.read().split(b"<|endoftext|>"), 1):
@@ -169,15 +167,15 @@ def usable(constraints, story, counts):
 # ---- split ----
 
 def split(records, args):
-    """-> (validation: (N,) bool, clusters of near-duplicates: (N,), were these looked for?). Raises ValueError."""
+    """-> (validation: (N,) bool, clusters of near-duplicates: (N,)). Raises ValueError."""
     hashes, first, story = np.unique(np.array([record.hash for record in records], np.uint64),
                                      return_index=True, return_inverse=True)
-    near = not args.exact and len(records) <= NEAR_LIMIT
-    clusters = near_duplicates([fold(records[i].story) for i in first]) if near else np.arange(len(hashes))
+    clusters = (np.arange(len(hashes)) if args.exact
+                else near_duplicates([fold(records[i].story) for i in first]))
     val = validation(hashes, clusters, args.val_fraction)
     if val.all():
         raise ValueError(f"--val-fraction {args.val_fraction} leaves no story to train on")
-    return val[story], clusters[story], near
+    return val[story], clusters[story]
 
 
 def validation(hashes, clusters, val_fraction):
@@ -218,8 +216,8 @@ def augment(args):
     df, report = Counter(), {"inputs": [], "records": 0, "rejected": Counter(), "changed": Counter(),
                              "leading sentences left out": Counter()}
     records, rejected = read(args, tokenizer, df, report)
-    val, clusters, near = split(records, args)
-    report |= describe(args, records, val, clusters, near)
+    val, clusters = split(records, args)
+    report |= describe(args, records, val, clusters)
     for name, most in (("rejected", None), ("changed", None), ("leading sentences left out", 5)):
         report[name] = dict(report[name].most_common(most))
 
@@ -234,7 +232,7 @@ def augment(args):
     return report
 
 
-def describe(args, records, val, clusters, near):
+def describe(args, records, val, clusters):
     """-> what the report says of split and rows."""
     most = math.inf if args.permute == "all" else args.permute
     by_number, by_kind = Counter(), Counter()  # rows
@@ -249,9 +247,8 @@ def describe(args, records, val, clusters, near):
         "split": {
             "val_fraction": args.val_fraction, "train_records": len(train), "val_records": len(records) - len(train),
             "train_stories": stories, "val_stories": len({record.hash for record in records}) - stories,
-            "near_duplicates": "on one side" if near else
-                               f"not looked for: {'--exact' if args.exact else f'more than {NEAR_LIMIT:,} records'}",
-            "records_with_a_near_duplicate": sum(n for n in siblings.values() if n > 1) if near else None,
+            "near_duplicates": "not looked for: --exact" if args.exact else "on one side",
+            "records_with_a_near_duplicate": None if args.exact else sum(n for n in siblings.values() if n > 1),
         },
         "rows": {"before": len(train), "after": by_number.total(),
                  "per_record": round(by_number.total() / len(train), 3), "validation": len(records) - len(train)},

@@ -34,18 +34,13 @@ class RowError(ValueError):
         self.raw = raw
 
 
-def scan(path):
-    """Yield (row number, record or RowError) of a JSONL file, a JSON list, or a JSON object of {id: record}.
+def scan(f, name):
+    """Yield (row number, record or RowError) of an open binary file, which error messages call `name`: JSONL, a JSON
+    list, or a JSON object of {id: record}.
 
     Rows count from 1; in JSONL they are lines, read one by one, and reading goes on behind one that is broken. A list
     or an object is read as a whole, and raises a ValueError if it is broken.
     """
-    with open(path, "rb") as f:
-        yield from scan_stream(f, path)
-
-
-def scan_stream(f, name):
-    """The same for a binary stream, which error messages call `name`."""
     head, filled = [], []
     while len(filled) < 2 and (line := f.readline()):
         head.append(line)
@@ -103,10 +98,11 @@ def _whole(name, data):
 
 def read_records(path):
     """Yield (row number, record). Raises RowError, a ValueError, at the first row that cannot be read."""
-    for row, record in scan(path):
-        if isinstance(record, RowError):
-            raise record
-        yield row, record
+    with open(path, "rb") as f:
+        for row, record in scan(f, path):
+            if isinstance(record, RowError):
+                raise record
+            yield row, record
 
 
 def text_field(path, row, record, names, required=True):

@@ -51,11 +51,6 @@ def encode_request(tokenizer, kind, text, block_size):
     return ids
 
 
-def checked(instruction, story):
-    """-> which constraints of the instruction the story meets, as `constraints.check` gives them."""
-    return check(story, parse(instruction)[0])
-
-
 def marks(met):
     """What `check` found, as a line to print: ✓ 词汇 铲子  ✗ 随机句子. Empty if no rule can tell."""
     found = []
@@ -86,7 +81,7 @@ def print_story(model, tokenizer, kind, text, max_new_tokens, seed, sampling):
         print(piece, end="", flush=True)
         story += piece
     print()
-    if kind == "instruction" and (line := marks(checked(text, story))):
+    if kind == "instruction" and (line := marks(check(story, parse(text)[0]))):
         print("\n" + line)
 
 
@@ -134,7 +129,7 @@ def continue_file(model, tokenizer, instructions, max_new_tokens, seed, sampling
     continued = generate_all(model, prompts, tokenizer.eos_id, seed, sampling | {"max_new_tokens": max_new_tokens})
     seconds, tokens = time.perf_counter() - start, sum(map(len, continued))
     stories = [tokenizer.decode(ids) for ids in continued]
-    met = [checked(text, story) for text, story in zip(instructions, stories)]
+    met = [check(story, parse(text)[0]) for text, story in zip(instructions, stories)]
     print(f"{len(stories)} stories, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s; met: "
           f"{counts(met) or 'nothing that can be checked'}", file=sys.stderr)
     if out is None:

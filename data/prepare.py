@@ -33,7 +33,7 @@ from tqdm import tqdm  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
 from checkpoint import save_tokenizer  # noqa: E402
 from common import check_new, command_line, fail, new_directory, positive, write_json  # noqa: E402
-from records import RowError, place, scan_stream, text_field  # noqa: E402
+from records import RowError, place, scan, text_field  # noqa: E402
 
 TINYSTORIES = "tinystories-zh"
 REPOSITORY, ARCHIVE = "adam89/TinyStoriesChinese", "TinyStories_all_data_zh.tar.gz"
@@ -101,7 +101,7 @@ def stories(source, rejected):
     try:
         with open(path, "rb") as f:
             for name, stream in documents(f, path):
-                for row, record in scan_stream(stream, name):
+                for row, record in scan(stream, name):
                     source["rows"] += 1
                     try:
                         if isinstance(record, RowError):
@@ -184,9 +184,9 @@ def prepare(args):
         manifest["sha256"]["tokenizer.model"] = hashlib.sha256(tokenizer.files["tokenizer.model"]).hexdigest()
         if args.instructions:
             import augment  # here, because augment.py stands below data/ in the order of the files
-            # what it holds out is below the same threshold, so no story of train.bin
+            # split at the same place, each story by itself: what is held out here is no story of train.bin
             augment.augment(augment.parse_args([
-                str(work / "rows.jsonl"), "--out", str(work / "instructions"), "--extract", "words,sentence",
+                str(work / "rows.jsonl"), "--out", str(work / "instructions"), "--extract", "words,sentence", "--exact",
                 "--tokenizer", str(args.tokenizer), "--val-fraction", repr(threshold)]))
         (work / "rows.jsonl").unlink()
         write_json(work / "manifest.json", manifest)

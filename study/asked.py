@@ -16,8 +16,9 @@ import numpy as np  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from common import command_line, fail  # noqa: E402
 from constraints import KEYS, SENTENCE, WORDS, check, render  # noqa: E402
+from data.judged import add_rivals, read_rows  # noqa: E402
 from dataset import encode_prompt  # noqa: E402
-from evaluate import add_rivals, interval, read_rows, write_stories  # noqa: E402
+from evaluate import interval, write_stories  # noqa: E402
 from study.copying import piece_losses  # noqa: E402
 
 SAMPLING = {"temperature": 0.2, "top_p": 0.9, "top_k": 30, "max_new_tokens": 400}  # evaluate.py's

@@ -17,7 +17,8 @@ from checkpoint import load_model  # noqa: E402
 from common import command_line, fail  # noqa: E402
 from constraints import SENTENCE, SUMMARY, render  # noqa: E402
 from data import generate  # noqa: E402
-from evaluate import read_rows, write_stories  # noqa: E402
+from data.judged import read_rows  # noqa: E402
+from evaluate import write_stories  # noqa: E402
 from study.asked import SAMPLING, SEED  # noqa: E402
 
 PLOT, BEAT, PHRASING, WORDS, MET = "plot", "beat", "phrasing", "words", "met"

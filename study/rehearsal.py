@@ -21,7 +21,7 @@ from checkpoint import find_base, load_model  # noqa: E402
 from common import command_line, fail, new_directory, write_json  # noqa: E402
 from constraints import SENTENCE, WORDS  # noqa: E402
 from data import builtin, generate  # noqa: E402
-from evaluate import add_rivals, held_out_rows  # noqa: E402
+from data.judged import add_rivals, held_out_rows  # noqa: E402
 from figures import save, subplots  # noqa: E402
 from study.asked import SEED, measure  # noqa: E402
 from study.card import copying  # noqa: E402

@@ -23,8 +23,9 @@ from checkpoint import WEIGHTS, find_base, find_last, load_last, load_model, sav
 from common import pick_device, write_json, write_jsonl
 from constraints import parse
 from data import builtin
+from data.judged import held_out_rows
 from dataset import by_length, encode_pairs, mean_loss
-from evaluate import evaluate, held_out_rows
+from evaluate import evaluate
 from sample import CASES, encode_request
 from study import features, memorisation
 from study.average import interpolate

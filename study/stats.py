@@ -17,7 +17,8 @@ from tqdm import tqdm  # noqa: E402
 from common import command_line, positive  # noqa: E402
 from constraints import FEATURES, SUMMARY, has_dialogue, sentences  # noqa: E402
 from data import generate  # noqa: E402
-from evaluate import add_rivals, obedience  # noqa: E402
+from data.judged import add_rivals  # noqa: E402
+from evaluate import obedience  # noqa: E402
 
 XZ_CHARS = 1_100_000
 

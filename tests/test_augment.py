@@ -170,13 +170,6 @@ def test_a_story_falls_on_the_same_side_whatever_the_order_and_the_company(tmp_p
     assert val["a"] == {row["output"] for row in split_by_story(rows, 0.1, story=lambda row: row["output"])[1]}
 
 
-def test_above_the_limit_only_exact_duplicates_are_kept_together_and_the_report_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(augment, "NEAR_LIMIT", 100)
-    write(tmp_path / "in", numbered(200))
-    report = run(tmp_path, tmp_path / "in")[2]
-    assert report["split"]["near_duplicates"] == "not looked for: more than 100 records"
-
-
 def test_large_clusters_are_not_drawn_to_one_side():
     rng = np.random.default_rng(0)
     hashes = rng.integers(1 << 63, size=20000, dtype=np.uint64) * np.uint64(2)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import common
+import constraints
 import pretrain
 import sample
 import train_sft
@@ -162,7 +163,7 @@ def test_files_of_prompts(say, tok, tmp_path, content):
     rows = [json.loads(line) for line in open(out, encoding="utf-8")]
     assert [r["instruction"] for r in rows] == ["词汇：铲子，草地\n特点：对话", "摘要：一只猫"]
     assert set(rows[0]["met"]) == {"词汇", "特点"} and "铲子" in out.read_text(encoding="utf-8")
-    met = [sample.checked(*pair) for pair in (
+    met = [constraints.check(story, constraints.parse(asked)[0]) for asked, story in (
         ("词汇：猫，狗\n特点：对话，转折", "猫和狗。"), ("词汇：猫，狗", "猫。"), ("摘要：猫", ""))]
     assert sample.counts(met) == "词汇 1/2, 每个词 3/4, 特点 0/1, 特点 对话 0/1" and sample.counts(met[2:]) == ""
     assert sample.marks(met[0]) == "✓ 词汇 猫  ✓ 词汇 狗  ✗ 特点 对话" and sample.marks(met[2]) == ""

@@ -12,22 +12,11 @@ import torch
 from conftest import ROOT, random_model, tiny_config
 
 import evaluate
-import figures
 from checkpoint import save_model
 from constraints import KEYS, check, overlap, parse, render, tells
 from data import books, builtin
-from evaluate import (
-    add_rivals,
-    builtin_rows,
-    checkable,
-    interval,
-    met,
-    obedience,
-    plain_loss,
-    read_rows,
-    repetition,
-    table,
-)
+from data.judged import HANDWRITTEN, add_rivals, builtin_rows, checkable, read_rows
+from evaluate import interval, met, obedience, plain_loss, repetition, table
 from pretrain import train_tokenizer
 from sample import CASES
 
@@ -141,7 +130,7 @@ def test_plain_loss_is_a_sum_over_tokens(tok):
 # ---- the instructions ----
 
 def test_the_handwritten_instructions():
-    rows = read_rows(evaluate.HANDWRITTEN)
+    rows = read_rows(HANDWRITTEN)
     assert [sum(len(r["constraints"]) == k for r in rows) for k in (1, 2, 3, 4)] == [25] * 4
     assert len({render(r["constraints"]) for r in rows}) == 100
     own = [v for r in rows for k, v in r["constraints"].items() if k in ("摘要", "随机句子")]
@@ -307,11 +296,3 @@ def test_no_character_crashes_the_output(model_dir, tmp_path):
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr.decode("ascii")
     assert "?? " in done.stdout.decode("ascii") and "all of 2" in done.stdout.decode("ascii")
-
-
-def test_the_figure_is_drawn_with_and_without_a_ceiling(tmp_path):
-    rows = [row({"词汇": ["河"]}), row(ALL, MEETS)]
-    part = obedience(rows, [["河"], ["山"]], 1)
-    for name, ceiling in (("a", part), ("b", None)):
-        figures.obedience(part | {"ceiling": ceiling, "floor": None}, tmp_path / f"{name}.png")
-        assert (tmp_path / f"{name}.png").stat().st_size > 5000

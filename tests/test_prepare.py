@@ -249,9 +249,7 @@ def test_what_augment_is_given(archive, run, tmp_path, monkeypatch):
     assert float((tmp_path / "threshold").read_text()) == manifest(out)["held_out_below"]
 
 
-def test_instructions_that_cannot_be_made_leave_nothing(run, tmp_path, capsys, monkeypatch):
-    import augment
-    monkeypatch.setattr(augment, "NEAR_LIMIT", 0)
+def test_instructions_that_cannot_be_made_leave_nothing(run, tmp_path, capsys):
     rows = [{"text": f"{n}"} for n in range(40)]  # nothing to ask for
     with pytest.raises(SystemExit):
         run(file_of(tmp_path / "a.jsonl", rows), "--instructions")

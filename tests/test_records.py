@@ -164,7 +164,8 @@ BROKEN = '{"instruction": "词汇：狗" "output": "狗来了。"}'
 def test_reading_goes_on_behind_a_broken_line(tmp_path, content, good):
     path = tmp_path / "rows"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    rows = list(scan(path))
+    with open(path, "rb") as f:
+        rows = list(scan(f, path))
     assert {row for row, record in rows if not isinstance(record, RowError)} == good
     for row, record in rows:
         assert record == json.loads(GOOD) if row in good else f"row {row} " in str(record) and record.raw
@@ -177,7 +178,7 @@ def test_reading_goes_on_behind_a_broken_line(tmp_path, content, good):
 ])
 def test_an_object_of_records_by_their_ids(tmp_path, content):
     (tmp_path / "rows").write_text(content, encoding="utf-8")
-    assert list(scan(tmp_path / "rows")) == list(enumerate(json.loads(content).values(), 1))
+    assert list(read_records(tmp_path / "rows")) == list(enumerate(json.loads(content).values(), 1))
 
 
 def test_blocks_of_prompts(tmp_path):

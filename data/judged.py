@@ -1,0 +1,108 @@
+"""The instructions that a model is judged by (evaluate.py): rows {"constraints", "story" or None, "rivals"}.
+
+Handwritten ones, whose words and sentences no built-in story has; those of generated stories that are held out; or a
+user's own file, read strictly, since a constraint that is misread is one that is never met.
+"""
+import random
+import re
+from pathlib import Path
+
+from constraints import (
+    FEATURE,
+    FEATURES,
+    KEYS,
+    LIST_KEYS,
+    NEWLINE,
+    SENTENCE,
+    SUMMARY,
+    check,
+    fold,
+    head,
+    key_of,
+    outcomes,
+    parse,
+    render,
+)
+from data import builtin, generate
+from records import instruction_of, read_records, text_field
+
+HANDWRITTEN = Path(__file__).parent / "eval_instructions.jsonl"
+RIVALS = 19  # other summaries that a story is compared with
+
+
+def read_rows(path):
+    """Instruction records -> [{"constraints", "story" or None}]. Raises ValueError naming file and row."""
+    rows = []
+    for number, record in read_records(path):
+        where = f"{path}: row {number}"
+        story = text_field(path, number, record, ["output"], required=False)
+        given = record.get("constraints")
+        if given is not None and not isinstance(given, dict):
+            raise ValueError(f"{where}: 'constraints' is {type(given).__name__}, not an object")
+        if given:
+            unknown = [key for key in given if key not in KEYS]
+        else:
+            text = instruction_of(path, number, record)
+            unknown = list(filter(None, map(unknown_key, NEWLINE.split(text))))
+        if unknown:
+            raise ValueError(f"{where}: unknown constraint {unknown[0]!r} (known: {'，'.join(KEYS)})")
+        for key, value in (given or {}).items():
+            kind, name = (list, "list of strings") if key in LIST_KEYS else (str, "string")
+            if not isinstance(value, kind) or not all(isinstance(item, str) for item in value):
+                raise ValueError(f"{where}: {key} is not a {name}")
+        if given:
+            text = text_field(path, number, {"constraints": render(given)}, ["constraints"], required=False)
+        constraints = parse(text)[0]  # what the prompt says is what is checked
+        if not constraints:
+            raise ValueError(f"{where}: no constraints")
+        for name in constraints.get(FEATURE, []):
+            if name not in FEATURES:
+                raise ValueError(f"{where}: unknown feature {name!r} (known: {'，'.join(FEATURES)})")
+        for key in (SUMMARY, SENTENCE):
+            if key in constraints and not fold(constraints[key]):
+                raise ValueError(f"{where}: {key} {constraints[key]!r} has nothing that can be checked")
+        rows.append({"constraints": constraints, "story": story or None})
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def unknown_key(line):
+    """颜色 of the line 颜色：红, which means to be a constraint; None of 他说：“好！”, which does not."""
+    found = head(line)
+    value = line[found.end():].lstrip() if found else ""
+    meant = value and value[0] not in "“「『\"" and re.fullmatch(r"\w{1,12}", found["name"])
+    return found["name"] if meant and key_of(found) not in KEYS else None
+
+
+def held_out_rows(n=builtin.INSTRUCTIONS):
+    """Instructions of n generated stories that are held out, with the story."""
+    return [{"constraints": r["constraints"], "story": r["output"]} for r in builtin.held_out_instructions(n)]
+
+
+def builtin_rows():
+    """The handwritten instructions, and those of generated stories, which have the story too."""
+    return ([row | {"source": "handwritten"} for row in read_rows(HANDWRITTEN)]
+            + [row | {"source": "generated"} for row in held_out_rows()])
+
+
+def checkable(rows, detect=None):
+    """Those rows that ask for more than features which neither a rule nor `detect` can tell."""
+    return [row for row in rows
+            if set(row["constraints"]) - {FEATURE} or outcomes(check("", row["constraints"], detect=detect))]
+
+
+def add_rivals(rows, seed):
+    """Give every row with a summary the 19 others it is told apart from: the same kind of protagonist first."""
+    lexicon, _ = generate.load()
+    cast = ("animal", "boy", "girl", "pet_name", "boy_name", "girl_name", "elder", "bird")
+    kinds = {e["word"]: name.removesuffix("_name").replace("pet", "animal")
+             for name in cast for e in lexicon[name]["entries"]}
+    names = re.compile("|".join(map(re.escape, kinds)))
+    summaries = sorted({row["constraints"][SUMMARY] for row in rows if SUMMARY in row["constraints"]})
+    protagonist = {s: kinds[first[0]] if (first := names.search(s)) else "" for s in ["", *summaries]}
+    for i, row in enumerate(rows):
+        own = row["constraints"].get(SUMMARY, "")
+        others = [s for s in summaries if s != own]
+        random.Random(f"{seed}-{i}").shuffle(others)
+        row["rivals"] = sorted(others, key=lambda s: protagonist[s] != protagonist[own])[:RIVALS]
