@@ -135,7 +135,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
         evaluate()
     stopping = False
     with common.StopSignals() as stop, tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True,
-                                     disable=rank() > 0) as bar:
+                                            disable=rank() > 0) as bar:
         while done < steps and not stopping:
             start = time.perf_counter()
             for group in optimizer.param_groups:

@@ -7,7 +7,8 @@ from itertools import combinations
 import pytest
 
 from constraints import FEATURES, has_dialogue, parse
-from data import books, generate
+from data import books, builtin, generate
+from records import story_hash
 
 # ---- the authored stories ----
 
@@ -37,6 +38,27 @@ def test_no_two_authored_stories_are_alike(authored):
     assert len({text[:8] for text in texts}) == len(texts)
     grams = [{text[i:i + 5] for i in range(len(text) - 4)} for text in texts]
     assert max(len(a & b) / len(a | b) for a, b in combinations(grams, 2)) < 0.1
+
+
+# ---- which part is for what ----
+
+def test_nothing_that_is_judged_by_is_trained_on():
+    seeds = builtin.SEEDS
+    assert len(set(seeds.values())) == len(seeds)
+    instructions = [*builtin.held_out_instructions(),
+                    *generate.instructions(list(generate.stories(100, seeds["more instructions"], held_out=True)), 1)]
+    judged = [*builtin.plain_stories(), *builtin.pretraining_validation(), *(r["output"] for r in instructions),
+              *(r["text"] for r in generate.authored("heldout"))]
+    trained = [*(r["output"] for r in builtin.fine_tuning()), *builtin.replayed(),
+               *(r["text"] for r in generate.stories(2000, seeds["openings"]))]
+    assert len(set(trained)) > 9000 and len(set(judged)) > 500
+    assert not {story_hash(story) for story in judged} & {story_hash(story) for story in trained}
+    parts = {part for text in trained for part in text.split("\n")}  # a book may hold two stories
+    assert not parts & set(judged)
+    pairs = [r["constraints"]["词汇"] for r in instructions if len(r["constraints"].get("词汇", ())) == 2]
+    assert len(pairs) > 50
+    for first, second in pairs[:40]:
+        assert not any(first in text and second in text for text in (r["output"] for r in builtin.fine_tuning()[:3000]))
 
 
 # ---- the books ----
