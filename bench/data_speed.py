@@ -122,4 +122,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    from bench.data_speed import main
     main()

@@ -8,6 +8,7 @@ A story is: a plot, one of its endings, one word for each slot, one phrasing for
 one, so a model that gets them right has copied them from its prompt. That is what the corpus is for, and why names
 and the central thing of a story recur (see `recurs`). More plots or words need no change here.
 """
+import functools
 import hashlib
 import json
 import random
@@ -42,6 +43,7 @@ ALIKE = 20                      # of these, with the words of another story
 # -----------------------------------------------------------------------------
 # the language files; what is wrong in one is a ValueError that names file and entry
 
+@functools.cache  # half a second, and many ask
 def load(folder=LANGUAGE):
     """Read `folder`/lexicon.toml and `folder`/plots/*.toml -> (lexicon, plots). Raises ValueError."""
     path = Path(folder) / "lexicon.toml"

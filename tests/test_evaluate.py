@@ -1,7 +1,6 @@
 """evaluate.py: planted cases for every rule, what must score 1 and what 0, the intervals, the command."""
 import functools
 import json
-import os
 import subprocess
 import sys
 import unicodedata
@@ -136,9 +135,9 @@ def test_the_handwritten_instructions():
     own = [v for r in rows for k, v in r["constraints"].items() if k in ("摘要", "随机句子")]
     assert len(set(own)) == len(own)
     shown = [v for _, text, _ in CASES for v in parse(text)[0].values() if isinstance(v, str)]
-    n = builtin.BOOKS if os.environ.get("CI") else 4000  # all texts of pretraining take minutes
-    trained = "\n".join([*books.texts(n, builtin.SEEDS["pretraining"]),
-                         *books.exercises(builtin.EXERCISES, builtin.SEEDS["pretraining"]),
+    # all texts of pretraining, which take minutes, are looked through in study/tests/test_card.py
+    trained = "\n".join([*books.texts(2000, builtin.SEEDS["pretraining"]),
+                         *books.exercises(4000, builtin.SEEDS["pretraining"]),
                          *(r["instruction"] + "\n" + r["output"] for r in builtin.fine_tuning())])
     assert "小兔" in trained and not [v for v in own + shown if v.rstrip("。！？") in trained]
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import train_sft
 from checkpoint import WEIGHTS, load_last, load_model, save_model
 from dataset import PairBatches, collate, encode_pair, encode_pairs
+from records import read_instructions, split_by_story
 from train_sft import backward, get_lr, next_token_loss
 
 
@@ -145,7 +146,6 @@ def test_the_run_directory(straight, model_dir):
 
 
 def test_the_logged_losses_are_true(straight, model_dir, pairs_file, tok):
-    from records import read_instructions, split_by_story
     train, val = split_by_story(read_instructions(pairs_file), 0.1, story=lambda pair: pair[1])
     model, _ = load_model(model_dir)
 
@@ -276,7 +276,7 @@ def test_steps_follow_from_epochs(model_dir, pairs_file, tmp_path):
     assert math.ceil(1.5 * (rows * 0.8) / 8) <= n <= math.ceil(1.5 * rows / 8) + 1
 
 
-def test_a_flag_given_to_resume_counts_or_is_refused(straight, model_dir, tmp_path, refused):
+def test_a_flag_given_to_resume_counts_or_is_refused(straight, model_dir, pairs_file, tmp_path, refused):
     import shutil
     out = tmp_path / "run"
     shutil.copytree(straight[0], out)
@@ -291,8 +291,9 @@ def test_a_flag_given_to_resume_counts_or_is_refused(straight, model_dir, tmp_pa
     train_sft.main(["--out", str(plain), "--resume", "--max-steps", "24"])
     assert (plain / "last" / WEIGHTS).read_bytes() != (out / "last" / WEIGHTS).read_bytes()
 
-    # --epochs now beats the --max-steps of the run: 57 rows, 8 a step
-    per_epoch = math.ceil(57 / 8)
+    # --epochs now beats the --max-steps of the run; 8 rows a step
+    rows, _ = split_by_story(read_instructions(pairs_file), 0.1, story=lambda pair: pair[1])
+    per_epoch = math.ceil(len(rows) / 8)
     train_sft.main(["--out", str(out), "--resume", "--epochs", "4"])
     last = max(row["step"] for row in map(json.loads, open(out / "log.jsonl")))
     assert last == 4 * per_epoch > 24

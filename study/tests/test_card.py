@@ -7,7 +7,10 @@ import pytest
 from conftest import random_model, tiny_config
 
 from checkpoint import load_model, save_model
-from data import books, generate
+from constraints import parse
+from data import books, builtin, generate
+from data.judged import HANDWRITTEN, read_rows
+from sample import CASES
 from study import card, ship
 
 
@@ -45,3 +48,13 @@ def test_a_run_becomes_a_base(tok, tmp_path, refused):
     assert set(corpus) == set(shipped)
     model, _ = load_model(base)
     assert str(model.lm_head.weight.dtype) == "torch.bfloat16" and (base / "loss.png").read_bytes() == b"png"
+
+
+def test_no_text_of_pretraining_has_a_handwritten_sentence_or_summary():
+    """What evaluate.py asks for by hand, and the study's test cases, in all 230,000 texts."""
+    asked = [v for r in read_rows(HANDWRITTEN) for k, v in r["constraints"].items() if k in ("摘要", "随机句子")]
+    asked += [v for _, text, _ in CASES for v in parse(text)[0].values() if isinstance(v, str)]
+    asked = [text.rstrip("。！？") for text in asked]
+    assert len(asked) > 100
+    for text in builtin.pretraining():
+        assert not [a for a in asked if a in text]
