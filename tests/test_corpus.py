@@ -64,7 +64,7 @@ def test_nothing_that_is_judged_by_is_trained_on():
 # ---- the books ----
 
 def test_books_hold_no_instructions_and_no_held_out_story(authored):
-    told = list(books.texts(2000, 5))
+    told = list(books.texts(1000, 5))
     assert not [text for text in told if parse(text)[0]]
     held_out = {record["text"] for record in authored if record["split"] == "heldout"}
     assert not held_out & set(told) and {r["text"] for r in generate.authored("train")} & set(told)

@@ -107,10 +107,13 @@ def test_errors_come_once_and_pretraining_and_lora_run(model_dir, pairs_file, tm
     assert failed.returncode != 0 and failed.stderr.count("error: ") == 1
     stories = tmp_path / "stories.jsonl"
     stories.write_text("".join(json.dumps({"text": text}) + "\n" for text in STORIES), encoding="utf-8")
-    small = ["--max-steps", "3", "--batch-size", "3", "--device", "cpu", "--block-size", "128"]
-    done = torchrun("pretrain.py", "--data", stories, "--vocab-size", "500", "--out", tmp_path / "base", *small)
+    small = "'--max-steps', '3', '--batch-size', '3', '--device', 'cpu', '--block-size', '128'"
+    script = tmp_path / "script.py"
+    script.write_text(f"import lora, pretrain\n"
+                      f"pretrain.main(['--data', {str(stories)!r}, '--vocab-size', '500', '--out', "
+                      f"{str(tmp_path / 'base')!r}, {small}])\n"
+                      f"lora.main(['--init', {str(model_dir)!r}, '--data', {str(pairs_file)!r}, '--out', "
+                      f"{str(tmp_path / 'lora')!r}, '--dropout', '0.1', {small}])\n")
+    done = torchrun(script)
     assert done.returncode == 0, done.stderr
-    lora = torchrun("lora.py", "--init", model_dir, "--data", pairs_file, "--out", tmp_path / "lora", *small,
-                    "--dropout", "0.1")
-    assert lora.returncode == 0, lora.stderr
     assert losses(tmp_path / "base")[-1][0] == losses(tmp_path / "lora")[-1][0] == 3
