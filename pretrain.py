@@ -39,7 +39,7 @@ def parse_args(argv=None):
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.model to use (default: train one on --data)")
     parser.add_argument("--vocab-size", type=positive(int), default=4096,
                         help="pieces of a newly trained tokenizer (default: %(default)s)")
-    parser.set_defaults(out=Path("out/base"), val_fraction=0.01)
+    parser.set_defaults(out=Path("out/base"), val_fraction=0.01, **SETTINGS["small"])
     parser.set_defaults(**SETTINGS[parser.parse_known_args(argv)[0].preset])
     return parse(parser, argv, fixed=("init", "preset", "tokenizer", "vocab_size"))
 

@@ -197,7 +197,7 @@ def training_parser(description):
     parser = common.command_line(description)
     flag = parser.add_argument
     # what goes in and out
-    flag("--init", type=Path, help="model directory to start from (default: the base that ships)")
+    flag("--init", type=Path, help="model directory to start from (default of fine-tuning: the base that ships)")
     flag("--data", type=Path, help="JSONL or JSON file, or a directory with train.jsonl and val.jsonl "
                                    "(default: the built-in corpus)")
     flag("--val-data", type=Path, help="validation file (default: split off from --data)")
