@@ -7,7 +7,6 @@ Any Llama-shaped Hugging Face directory loads (grouped-query, untied head, sever
 written: each is made beside its place and then renamed.
 """
 import json
-import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import tokenizer as tokenizers
-from common import write_atomic, write_json
+from common import new_directory, write_atomic, write_json
 from model import GPT, GPTConfig
 
 WEIGHTS = "model.safetensors"
@@ -57,7 +56,8 @@ def gpt_config(path):
     """config.json -> GPTConfig. Raises ValueError for what this model cannot do."""
     try:
         c = dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        c = {key: value for key, value in c.items() if value is not None}
+        own = {field.name for field in fields(GPTConfig)} - set(HF_NAMES)  # of a fork: None may mean something there
+        c = {key: value for key, value in c.items() if value is not None or key in own}
         rope = c.get("rope_parameters", {})
         scaled = {key: c.get(key, {}).get("rope_type", c.get(key, {}).get("type", "default")) != "default"
                   for key in ("rope_parameters", "rope_scaling")}  # of transformers 5, of older ones
@@ -193,15 +193,9 @@ def find_model(ckpt=None, adapter=None):
 def save_last(out, save, state):
     """Make out/last/ of weights, which save(directory) puts there, and resume state: together, or neither.
     state: plain dicts, tensors and numbers."""
-    last, new, old = Path(out, "last"), Path(out, "last.new"), Path(out, "last.old")
-    shutil.rmtree(new, ignore_errors=True)
-    save(new)
-    torch.save(state, new / STATE)
-    if last.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        last.rename(old)
-    new.rename(last)  # killed between the two renames, a run finds last.old
-    shutil.rmtree(old, ignore_errors=True)
+    with new_directory(Path(out, "last")) as new:  # killed between its two renames, a run finds last.old
+        save(new)
+        write_atomic(new / STATE, lambda p: torch.save(state, p))
 
 
 def find_last(out):
@@ -209,7 +203,7 @@ def find_last(out):
     for last in (Path(out, "last"), Path(out, "last.old")):
         if (last / STATE).is_file():
             return last, torch.load(last / STATE, weights_only=True)
-    raise ValueError(f"--resume: {Path(out, 'last', STATE)} does not exist, there is no run to go on with")
+    raise ValueError(f"--resume: {Path(out, 'last', STATE)} does not exist, there is no run to resume")
 
 
 def load_last(out):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 # ---- the command line ----
 
@@ -59,11 +60,14 @@ fraction = number(float, lambda value: 0 <= value < 1, "is outside [0, 1)")
 # ---- device and precision ----
 
 def pick_device(name):
-    """--device -> torch.device; the fastest there is if none is named (under torchrun, this process's own GPU).
+    """--device -> torch.device; the fastest there is if none is named. Under torchrun "cuda" is this process's own GPU.
     Raises ValueError if it is not there."""
     if name is None:
-        name = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available()
-                else "mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > torch.cuda.device_count():  # the same for all
+            raise ValueError(f"{processes} processes need as many GPUs; there are {torch.cuda.device_count()}")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as e:
@@ -100,10 +104,10 @@ def write_atomic(path, write):
         write(temporary)
         temporary.chmod(mode)
         os.replace(temporary, path)
-    except OSError:
+    except (OSError, RuntimeError, SafetensorError) as e:  # how Python, torch.save and safetensors report a full disk
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(f"cannot write to {path.parent}: {getattr(e, 'strerror', None) or e}") from None
 
 
 def write_text(path, text):
@@ -143,7 +147,7 @@ def new_directory(path):
 
 
 def check_writable(directory):
-    """Can files be made in this directory (or where it would be made)? To be asked before hours of work, not after.
+    """Can files be made in this directory (or where it would be made)? Call it before hours of work, not after.
     Raises OSError naming the folder; leaves nothing behind."""
     path = Path(directory).absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
@@ -154,8 +158,7 @@ def check_writable(directory):
 
 
 def check_new(directory, overwrite, mark):
-    """May `new_directory` make this one? mark: the file that shows that it is an older result of the same command.
-    Raises ValueError and OSError."""
+    """May `new_directory` make this one? mark: the file by which an older result of the same command is known."""
     directory = Path(directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         if not overwrite:
@@ -172,16 +175,16 @@ class StopSignals:
 
     def __enter__(self):
         self.requested = False
-        self.previous = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {signum: signal.signal(signum, self.request) for signum in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def request(self, number, frame):
+    def request(self, signum, frame):
         self.requested = True
-        signal.signal(number, self.previous[number])
+        signal.signal(signum, self.previous[signum])
 
     def __exit__(self, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
 
 
 # ---- the processes of a torchrun; without one there is a single process, of rank 0 ----
@@ -198,6 +201,8 @@ def start_processes(device):
     """Let the processes of a torchrun find each other; all but the first keep quiet. Without torchrun: nothing."""
     if world() == 1 or dist.is_initialized():
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")

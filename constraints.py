@@ -75,11 +75,13 @@ PAIRS = {"": "", "【": "】", "［": "］", "[": "]", "「": "」", "『": "』
 QUOTES = re.escape("".join(PAIRS))
 CLOSING = re.escape("".join(PAIRS.values()))
 
-LISTED = rf"""(?: [\s{INVISIBLE}] | [-+•·●○◦■▪◆>\#] | \*(?=\s) | [①-⑳]  # list marks, headings, quoted text
-                 | [（(](?:\d{{1,2}}|[一二三四五六七八九十])[）)] | (?:\d{{1,2}}|[一二三四五六七八九十])[.．、）)] )*"""
+NUMERAL = r"(?:\d{1,2}|[一二三四五六七八九十])"
+MARK = rf"""(?: [\s{INVISIBLE}] | [-+•·●○◦■▪◆>\#] | \*(?=\s) | [①-⑳]  # list marks, headings, quoted text
+                 | [（(]{NUMERAL}[）)] | {NUMERAL}[.．、）)](?!\d) )*"""
+LISTED = re.compile(MARK, re.X)
 # The start of a line that may be a key: "词汇：", "- **词汇**：", "（1）词汇：", "【词汇】".
 HEAD = re.compile(rf"""
-    {LISTED} (?P<emphasis>[*_`]+)? {LISTED}
+    {MARK} (?P<emphasis>[*_`]+)? {MARK}
     (?P<open>[{QUOTES}]?) (?P<name>[^\W_][\w\ {INVISIBLE}-]*?) [\s{INVISIBLE}]* (?P<close>[{CLOSING}]?)
     (?(emphasis) (?P<ended>(?P=emphasis))? ) [\s{INVISIBLE}]*
     (?: (?P<colon>[：:﹕∶]) | (?<=】) )""", re.X)
@@ -179,6 +181,7 @@ STOPS = "。．.！!？?…~～"  # and behind it
 
 def _split(key, line):
     if key == WORDS:
+        line = line[LISTED.match(line).end():]  # 1. 铲子
         return [word for part in SEPARATORS.split(line) if (word := part.lstrip(MARKS).rstrip(MARKS + STOPS))]
     names = re.split(r"[，,、；;]+", line)  # "bad ending" is one name, 对话 转折 are two
     names = [part for name in names

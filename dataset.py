@@ -39,10 +39,12 @@ def with_prompt(row, prompt):
     return prompt + ids[own:], [IGNORE] * len(prompt) + labels[own:]
 
 
-def varied_prompts(tokenizer, instructions, shuffle, drop):
-    """-> prompt(i, rng) for PairBatches: the constraints of instruction i in random order, some left out."""
+def varied_prompts(tokenizer, instructions, block_size, shuffle, drop):
+    """-> prompt(i, rng) for PairBatches: the constraints of row i of `encode_pairs` in random order, some left out."""
+    fitting = [text for text in instructions if len(encode_prompt(tokenizer, text)) < block_size]  # as encode_pair
+
     def prompt(i, rng):
-        return encode_prompt(tokenizer, vary(instructions[i], rng, shuffle, drop))
+        return encode_prompt(tokenizer, vary(fitting[i], rng, shuffle, drop))
     return prompt
 
 
@@ -98,16 +100,6 @@ def by_length(rows, batch_size):
     return in_batches(sorted(rows, key=lambda row: len(row[0])), batch_size)
 
 
-@torch.no_grad()
-def mean_loss(model, batches):
-    """Loss over batches [(x, y)], nats per token: sum over all supervised tokens / their number. None without any."""
-    device, loss, n = model.lm_head.weight.device, 0.0, 0
-    for x, y in batches:
-        loss += model(x.to(device), y.to(device)).item()
-        n += (y != IGNORE).sum().item()
-    return loss / n if n else None
-
-
 def fingerprint(arrays):
     digest = hashlib.sha256()
     for array in arrays:
@@ -125,8 +117,8 @@ class PairBatches:
     rank, world: of the rows of each step this process takes every world-th one.
     """
 
-    def __init__(self, rows, batch_size, grad_accum, seed, bucket=True, prompt=None, rank=0, world=1):
-        self.given, self.batch_size, self.seed, self.bucket, self.prompt = rows, batch_size, seed, bucket, prompt
+    def __init__(self, rows, batch_size, grad_accum, seed, prompt=None, rank=0, world=1):
+        self.original_rows, self.batch_size, self.seed, self.prompt = rows, batch_size, seed, prompt
         self.rank, self.world = rank, world
         self.rows = rows
         self.step_size = batch_size * grad_accum
@@ -145,20 +137,19 @@ class PairBatches:
 
     def fingerprint(self):
         """Changes with the data: a resumed run checks it."""
-        return fingerprint(np.array(ids + labels, np.int32) for ids, labels in self.given)
+        return fingerprint(np.array(ids + labels, np.int32) for ids, labels in self.original_rows)
 
     def _plan(self, epoch):
         rng = np.random.default_rng((self.seed, epoch))
         if self.prompt:
             choice = random.Random(f"{self.seed}-{epoch}")
-            self.rows = [with_prompt(row, self.prompt(i, choice)) for i, row in enumerate(self.given)]
+            self.rows = [with_prompt(row, self.prompt(i, choice)) for i, row in enumerate(self.original_rows)]
         order = rng.permutation(len(self.rows)).tolist()
-        if self.bucket:
-            pool = 32 * self.step_size
-            order = [i for start in range(0, len(order), pool)
-                     for i in sorted(order[start:start + pool], key=lambda i: len(self.rows[i][0]))]
+        pool = 32 * self.step_size
+        order = [i for start in range(0, len(order), pool)
+                 for i in sorted(order[start:start + pool], key=lambda i: len(self.rows[i][0]))]
         steps = [order[i:i + self.step_size] for i in range(0, len(order), self.step_size)]
-        return [steps[i] for i in rng.permutation(len(steps))] if self.bucket else steps
+        return [steps[i] for i in rng.permutation(len(steps))]
 
 
 class Replay:
@@ -225,3 +216,25 @@ class TokenBatches:
         rows = np.stack([self.tokens[s:s + self.block_size + 1] for s in starts]).astype(np.int64)
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+# ---- the loss of a batch, and of many ----
+
+def next_token_loss(model, batch):
+    """batch: (x, y), both (B, T) int64, y IGNORE where nothing is supervised. -> (summed cross-entropy in nats, number
+    of supervised tokens)."""
+    x, y = (ids.to(model.lm_head.weight.device) for ids in batch)
+    return model(x, y), (y != IGNORE).sum().item()
+
+
+@torch.no_grad()
+def total_loss(model, batches, loss_fn=next_token_loss):
+    """-> (loss_fn summed over all batches, the number of its terms)."""
+    losses = [(loss.item(), n) for loss, n in (loss_fn(model, batch) for batch in batches)]
+    return sum(loss for loss, _ in losses), sum(n for _, n in losses)
+
+
+def mean_loss(model, batches):
+    """Loss over batches [(x, y)], nats per token: sum over all supervised tokens / their number. None without any."""
+    loss, n = total_loss(model, batches)
+    return loss / n if n else None

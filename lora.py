@@ -73,7 +73,7 @@ def add(model, targets, r, alpha, scaling="lora", dropout=0.0):
     if r < 1 or not alpha > 0:
         raise ValueError(f"LoRA needs r of at least 1 and a positive alpha, not r {r}, alpha {alpha}")
     if scaling not in ("lora", "rslora"):
-        raise ValueError(f"scaling {scaling!r} is not known (lora, rslora)")
+        raise ValueError(f"unknown scaling {scaling!r} (known: lora, rslora)")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = {}
     for target in targets:
@@ -209,14 +209,15 @@ def parse_args(argv=None):
     flag("--dry-run", action="store_true", help="only count the parameters")
     flag("--preset", choices=PRESETS, help="with --dry-run: of a new model of this geometry, without a base")
     parser.set_defaults(out=Path("out/lora"))
-    return parse(parser, argv, fixed=("init", "r", "alpha", "targets", "scaling", "dropout"))
+    args = parse(parser, argv, fixed=("init", "r", "alpha", "targets", "scaling", "dropout"))
+    args.alpha = args.alpha or 2.0 * args.r
+    return args
 
 
 def add_from_args(model, args):
     """Put the adapters that the flags ask for on the model and print what they are."""
-    alpha = args.alpha or 2 * args.r
-    add(model, TARGETS.get(args.targets, args.targets.split(",")), args.r,
-        int(alpha) if alpha == int(alpha) else alpha, args.scaling, args.dropout)
+    alpha = int(args.alpha) if args.alpha.is_integer() else args.alpha
+    add(model, TARGETS.get(args.targets, args.targets.split(",")), args.r, alpha, args.scaling, args.dropout)
     names = dict.fromkeys(name.rsplit(".", 1)[-1] for name in adapters(model))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())

@@ -252,8 +252,7 @@ def main(argv=None):
     for name, config in PRESETS.items():
         with torch.device("meta"):  # shapes only, no memory
             model = GPT(config)
-        embedding = model.model.embed_tokens.weight.numel()
-        print(f"{name}: {model.num_params():,} parameters, {embedding:,} of them in the embedding; {config}")
+        print(f"{name}: {model.num_params():,} parameters; {config}")
 
 
 if __name__ == "__main__":

@@ -65,15 +65,6 @@ def train_tokenizer(texts, vocab_size, of_grammar=False):
     return tokenizers.train(fixed + texts, vocab_size)
 
 
-def new_model(args, tokenizer, own):
-    """A GPT of --preset. own: the tokenizer was trained for it, so that the vocabulary is the tokenizer's."""
-    config = PRESETS[args.preset]
-    # with a ready tokenizer the preset's vocabulary may be the tokenizer's, padded (the study's is)
-    if own or not fits(tokenizer, config):
-        config = replace(config, vocab_size=tokenizer.vocab_size)
-    return GPT(replace(config, block_size=args.block_size or config.block_size))
-
-
 def write_tokens(path, texts, tokenizer):
     """Stories -> a file of their ids, an EOS behind each; returned as a memory-mapped array (N,)."""
     if rank() == 0:
@@ -123,12 +114,18 @@ def main(argv=None):
         if args.resume:
             model, tokenizer, state = load_last(args.out)
         elif args.init:
+            if args.tokenizer:
+                raise ValueError("--tokenizer: the model of --init has its own")
             model, tokenizer = load_model(args.init)
         else:
             ready = args.tokenizer or (args.data if manifest else None)
             tokenizer = (tokenizers.load(ready) if ready
                          else train_tokenizer(texts, args.vocab_size, of_grammar=args.data is None))
-            model = new_model(args, tokenizer, own=not ready)
+            config = PRESETS[args.preset]
+            # the preset's vocabulary may be its tokenizer's, padded (the study's is); else the tokenizer decides
+            if not (ready and fits(tokenizer, config)):
+                config = replace(config, vocab_size=tokenizer.vocab_size)
+            model = GPT(replace(config, block_size=args.block_size or config.block_size))
         set_block_size(args, model)
         counts = manifest or {"stories": {"train": len(texts), "val": len(val_texts)},
                               "characters": sum(map(len, texts + val_texts))}

@@ -6,10 +6,9 @@ is null is one that is not there. Every error names the file and the row. Nothin
 import codecs
 import hashlib
 import json
+import math
 import re
 from itertools import chain, groupby
-
-import numpy as np
 
 from constraints import fold, parse_record
 
@@ -165,7 +164,7 @@ def split_by_story(items, val_fraction, story=lambda item: item):
     """-> (train, val). All items of one story fall on the same side, whatever their order or number.
     At least one story is validation if val_fraction > 0."""
     places = [place(story(item)) for item in items]
-    threshold = max(val_fraction, np.nextafter(min(places), 1)) if val_fraction > 0 else 0
+    threshold = max(val_fraction, math.nextafter(min(places), 1)) if val_fraction > 0 else 0
     train = [item for item, p in zip(items, places) if p >= threshold]
     val = [item for item, p in zip(items, places) if p < threshold]
     if not train:

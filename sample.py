@@ -137,7 +137,7 @@ def continue_file(model, tokenizer, instructions, max_new_tokens, seed, sampling
             print("─" * 60, text, "", story, "", marks(result), sep="\n")
         return
     common.write_jsonl(out, ({"instruction": text, "output": story, "met": result}
-                      for text, story, result in zip(instructions, stories, met)))
+                             for text, story, result in zip(instructions, stories, met)))
     print(f"{len(stories)} stories -> {out}")
 
 

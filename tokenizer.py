@@ -63,7 +63,7 @@ class Tokenizer:
             if i >= self.vocab_size:
                 continue
             seen.append(i)
-            pending = pending + self._byte(i) if self.is_byte[i] else b""
+            pending = pending + bytes([int(self.sp.id_to_piece(i)[3:-1], 16)]) if self.is_byte[i] else b""  # <0xE5>
             if not _is_utf8(pending):
                 continue
             pending = b""
@@ -71,9 +71,6 @@ class Tokenizer:
             yield text[len(sent):]
             sent = text
         yield self.decode(seen)[len(sent):]
-
-    def _byte(self, i):
-        return bytes([int(self.sp.id_to_piece(i)[3:-1], 16)])
 
     def _config(self):
         piece = self.sp.id_to_piece
@@ -89,11 +86,12 @@ class Tokenizer:
 def add_no_tokens(files):
     """Models are trained here without BOS, and with EOS only where a story ends: let no other program add them."""
     config = json.loads(files["tokenizer_config.json"])
-    if config.get("add_bos_token") or config.get("add_eos_token"):
+    adds = str(config.get("tokenizer_class")).startswith("Llama")  # a Llama's adds BOS where nothing is said
+    if config.get("add_bos_token", adds) or config.get("add_eos_token"):
         config |= {"add_bos_token": False, "add_eos_token": False}
         files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
     fast = json.loads(files.get("tokenizer.json", "{}"))
-    if (fast.get("post_processor") or {}).get("type") == "TemplateProcessing":
+    if fast.get("post_processor"):
         files["tokenizer.json"] = json.dumps(fast | {"post_processor": None}, ensure_ascii=False).encode()
 
 

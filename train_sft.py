@@ -14,13 +14,13 @@ import torch
 from tqdm import tqdm
 
 import common
+import dataset
 import figures
 import lora
 from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model
 from common import fail, fraction, not_negative, positive, rank, world
 from data import builtin
-from dataset import PairBatches, Replay, by_length, encode_pairs, encode_prompt, encode_stories, varied_prompts
-from model import IGNORE
+from dataset import next_token_loss, total_loss
 from records import read_instructions, read_stories, split_by_story
 from sample import print_cases
 
@@ -33,13 +33,6 @@ def get_lr(step, total, warmup, lr, min_lr, decay_rate=1.0):
         return lr * step / warmup
     progress = min(1.0, decay_rate * (step - warmup) / max(1, total - warmup))
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (lr - min_lr)
-
-
-def next_token_loss(model, batch):
-    """batch: (x, y), both (B, T) int64, y IGNORE where nothing is supervised. -> (summed cross-entropy in nats, number
-    of supervised tokens)."""
-    x, y = (ids.to(model.lm_head.weight.device) for ids in batch)
-    return model(x, y), (y != IGNORE).sum().item()
 
 
 def adamw(model, lr=5e-4, weight_decay=0.0, betas=(0.9, 0.95), cls=torch.optim.AdamW):
@@ -80,9 +73,8 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
     `get_lr`'s (default: warm-up over 100 steps, at most a tenth of all; down to lr / 10). grad_clip: largest gradient
     norm, 0 is off. eval_every, save_every: in steps (default: a fifth of all). dtype: "bf16-mixed" runs loss_fn under
     autocast. optimizer: over these parameters (default: `adamw`). state: what `load_last` gives, to resume.
-    seed: of what is drawn in a step (dropout), so that resuming needs no generator's state.
-    Ctrl-C and SIGTERM save, then exit 130. Raises FloatingPointError when the loss is not finite, and OSError when
-    something cannot be written; the last save stays.
+    seed: of what is drawn in a step (dropout). Ctrl-C and SIGTERM save, then exit 130. Raises FloatingPointError when
+    the loss is not finite and OSError when something cannot be written; the last save stays.
     """
     out = Path(out)
     warmup = min(100, steps // 10) if warmup is None else warmup
@@ -107,14 +99,10 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
     def evaluate():
         """Validation loss of the weights as they are. The best so far become the model directory."""
         nonlocal best
-        loss = n = 0
         model.eval()
-        with torch.no_grad(), precision:
-            for batch in val_batches[rank()::world()]:
-                part, count = loss_fn(model, batch)
-                loss, n = loss + part.item(), n + count
+        with precision:
+            loss, n = common.sum_over_processes(*total_loss(model, val_batches[rank()::world()], loss_fn))
         model.train()
-        loss, n = common.sum_over_processes(loss, n)
         if n:
             log(step=done, val_loss=loss / n)
             tqdm.write(f"step {done:5}: validation loss {loss / n:.4f}")
@@ -130,17 +118,17 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
     print(f"{out}: {sum(p.numel() for p in params):,} trainable parameters, {steps} steps, {dtype} on {device}"
           + (f", {world()} processes" if world() > 1 else ""))
     model.train()
-    if done == 0:
-        save_run()  # first, so that no half-made run can pass for a finished one
-        evaluate()
     stopping = False
     with common.StopSignals() as stop, tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True,
                                             disable=rank() > 0) as bar:
+        if done == 0:
+            save_run()  # first, so that no half-made run can pass for a finished one
+            evaluate()
         while done < steps and not stopping:
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(done + 1, steps, warmup, lr, min_lr, decay_rate)
-            torch.manual_seed((seed * 1_000_003 + done) * world() + rank())
+            torch.manual_seed(((seed * 1_000_003 + done) * world() + rank()) % 2**63)
             loss, n = backward(compiled, batches(done), loss_fn, params, precision)
             norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):  # before the update: the weights are still good
@@ -204,7 +192,7 @@ def training_parser(description):
     flag("--val-fraction", type=fraction, default=0.05, help="share of the stories for validation; a story is on one "
                                                              "side with all its rows (default: %(default)s)")
     flag("--out", type=Path, default=Path("out/sft"), help="run directory (default: %(default)s)")
-    flag("--resume", action="store_true", help="go on with the run in --out; its settings hold unless given anew")
+    flag("--resume", action="store_true", help="go on with the run in --out; its settings hold unless given again")
     flag("--overwrite", action="store_true", help="replace the run in --out")
     # optimization
     flag("--lr", type=positive(float), default=5e-4, help="peak learning rate (default: %(default)s)")
@@ -249,24 +237,27 @@ def parse(parser, argv, fixed):
     given = parser.parse_args(argv, type(args)(**dict.fromkeys(vars(args), default)))
     given = {name: value for name, value in vars(given).items() if value is not default}
     parser.set_defaults(**stored)
-    run = parser.parse_args(["--out", str(args.out)])  # as it was
-    for name in fixed:
-        if given.get(name, getattr(run, name)) != getattr(run, name):
-            fail(f"--{name.replace('_', '-')} {given[name]} cannot change with --resume; the run in {args.out} has "
-                 f"{getattr(run, name)}")
+    before = vars(parser.parse_args(["--out", str(args.out)]))
+    for name in (*fixed, "val_data"):  # another validation set has another best loss
+        now = given.get(name, before[name])
+        if now != before[name] and not (isinstance(now, Path) and before[name] and now.samefile(before[name])):
+            fail(f"--{name.replace('_', '-')} {now} cannot change with --resume; the run in {args.out} has "
+                 f"{before[name]}")
     if "epochs" in given and "max_steps" not in given:
         parser.set_defaults(max_steps=None)
     return parser.parse_args(argv)
 
 
 def check_out(args):
-    """Before any work: refuse an output directory that holds a run, unless told what to do with it, and one that cannot
-    be written to."""
+    """Before any work: refuse --val-data without --data, and an --out that cannot be written to or holds a run, unless
+    the flags say what to do with that."""
+    if args.val_data and args.data is None:
+        raise ValueError("--val-data goes with --data: the built-in corpus has a validation part of its own")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file, not a directory")
     holds_run = any((args.out / name).exists() for name in (*WEIGHTS_FILES, "last", "log.jsonl"))
     if holds_run and not (args.resume or args.overwrite):
-        raise ValueError(f"--out {args.out} already holds a run or a model: --resume goes on, --overwrite starts anew")
+        raise ValueError(f"--out {args.out} already holds a run or a model: --resume goes on, --overwrite starts over")
     common.check_writable(args.out)
 
 
@@ -291,8 +282,8 @@ def run(args, model, batches, val_batches, save, state=None, optimizer=torch.opt
     dtype = common.pick_dtype(args.dtype, device)
     steps = args.max_steps or math.ceil(args.epochs * batches.steps_per_epoch)
     data = batches.fingerprint()
-    if state and data != args.fingerprint:
-        fail(f"--resume: the data is not what {args.out} was trained on")
+    if state and data != getattr(args, "fingerprint", None):
+        fail(f"--resume: the data is not what {args.out} was trained on (or an older version made that run)")
     if state and steps <= state["step"]:
         fail(f"--resume: the run in {args.out} has made {state['step']} steps already, of {steps}: a larger "
              "--max-steps or --epochs goes on")
@@ -308,9 +299,10 @@ def run(args, model, batches, val_batches, save, state=None, optimizer=torch.opt
               save_every=args.save_every, dtype=dtype, compile=args.compile, seed=args.seed,
               optimizer=adamw(model, args.lr, args.weight_decay, (args.beta1, args.beta2), optimizer), state=state)
     except FloatingPointError as e:
-        raise SystemExit(f"error: {e}") from None
+        raise SystemExit(f"error: {e}" if rank() == 0 else 1) from None
     except OSError as e:
-        fail(f"cannot write to {args.out}: {e.strerror or e}; {args.out / 'last'} holds the last good save")
+        last = args.out / "last"
+        fail(f"{args.out}: {e}" + (f"; {last} holds the last good save" if last.exists() else ""))
     common.wait_for_all()  # the model is there for all of them
 
 
@@ -323,8 +315,8 @@ def open_run(args, fresh):
         for name in (*WEIGHTS_FILES, "log.jsonl", "loss.png"):
             (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    common.write_json(out / "args.json", {k: str(v) if isinstance(v, Path) else v
-                                   for k, v in vars(args).items() if k not in ONCE})
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ONCE}
+    common.write_json(out / "args.json", settings)
 
 
 # ---- the command: full-parameter fine-tuning ----
@@ -374,7 +366,7 @@ def load_replay(args, tokenizer):
     if args.data and not args.replay_data:
         raise ValueError("--replay with --data needs --replay-data, the plain stories of the base's pretraining")
     texts = read_stories(args.replay_data) if args.replay_data else builtin.replayed()
-    return encode_stories(tokenizer, texts, args.block_size, "replay")
+    return dataset.encode_stories(tokenizer, texts, args.block_size, "replay")
 
 
 def load_batches(args, model, tokenizer):
@@ -382,16 +374,18 @@ def load_batches(args, model, tokenizer):
     args.epochs = args.epochs or (1.0 if args.data is None else 3.0)
     set_block_size(args, model)
     pairs, val_pairs = load_pairs(args)
-    rows = encode_pairs(tokenizer, pairs, args.block_size, "training")
-    val_rows = encode_pairs(tokenizer, val_pairs, args.block_size, "validation")
+    rows = dataset.encode_pairs(tokenizer, pairs, args.block_size, "training")
+    val_rows = dataset.encode_pairs(tokenizer, val_pairs, args.block_size, "validation")
     prompt = None
     if args.order == "sample" or args.drop:
-        fitting = [i for i, _ in pairs if len(encode_prompt(tokenizer, i)) < args.block_size]
-        prompt = varied_prompts(tokenizer, fitting, args.order == "sample", args.drop)
-    batches = PairBatches(rows, args.batch_size, args.grad_accum, args.seed, True, prompt, rank(), world())
+        instructions = [instruction for instruction, _ in pairs]
+        prompt = dataset.varied_prompts(tokenizer, instructions, args.block_size, args.order == "sample", args.drop)
+    batches = dataset.PairBatches(rows, args.batch_size, args.grad_accum, args.seed, prompt, rank(), world())
+    if args.replay_data and not args.replay:
+        raise ValueError("--replay-data goes with --replay, the share of its tokens")
     if args.replay:
-        batches = Replay(batches, load_replay(args, tokenizer), args.replay)
-    return batches, by_length(val_rows, args.batch_size)
+        batches = dataset.Replay(batches, load_replay(args, tokenizer), args.replay)
+    return batches, dataset.by_length(val_rows, args.batch_size)
 
 
 def set_block_size(args, model):
@@ -409,7 +403,8 @@ def main(argv=None, optimizer=torch.optim.AdamW):
         if args.resume:
             model, tokenizer, state = load_last(args.out)
         else:
-            model, tokenizer = load_model(pick_init(args))
+            args.init = pick_init(args)
+            model, tokenizer = load_model(args.init)
         batches, val_batches = load_batches(args, model, tokenizer)
     except (ValueError, OSError) as e:
         fail(e)

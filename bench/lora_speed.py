@@ -15,8 +15,9 @@ from tqdm import trange  # noqa: E402
 
 import lora  # noqa: E402
 from common import command_line, pick_device, positive  # noqa: E402
+from dataset import next_token_loss  # noqa: E402
 from model import GPT, IGNORE, PRESETS  # noqa: E402
-from train_sft import adamw, backward, next_token_loss  # noqa: E402
+from train_sft import adamw, backward  # noqa: E402
 
 
 def parse_args(argv=None):

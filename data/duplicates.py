@@ -16,7 +16,7 @@ def shingles(text):
 
 
 def near_duplicates(texts):
-    """Folded texts -> (N,) the number of the cluster that each is in. MinHash in bands (Broder 1997) finds the pairs to
+    """Folded texts -> (N,) the number of the cluster that each is in. MinHash finds the pairs to
     compare; they are near-duplicates if the Jaccard similarity of their shingles is at least NEAR."""
     rng = np.random.default_rng(0)
     multipliers = rng.integers(1 << 31, size=(BANDS * BAND, 1), dtype=np.uint32) * np.uint32(2) + np.uint32(1)

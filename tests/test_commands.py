@@ -223,6 +223,7 @@ BAD_FLAGS = [
     (train_sft, ["--data", "nowhere.jsonl"], "nowhere.jsonl"), (train_sft, ["--data", "."], "train.jsonl"),
     (train_sft, ["--init", "nowhere"], "nowhere"), (train_sft, ["--block-size", "129"], "--block-size"),
     (train_sft, ["--block-size", "5"], "--block-size"), (train_sft, ["--resume"], "--resume"),
+    (train_sft, ["--replay-data", "x.jsonl"], "--replay"),
     (pretrain, ["--preset", "huge"], "--preset"), (pretrain, ["--vocab-size", "100"], "--vocab-size"),
     (pretrain, ["--tokenizer", "nowhere"], "nowhere"), (pretrain, ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
 ]
@@ -305,6 +306,14 @@ def test_a_broken_model_directory(change, words, model_dir, pairs_file, tmp_path
     refused(train_sft.main, ["--init", base, "--data", pairs_file, "--out", tmp_path / "run"], str(base), *words)
     refused(sample.main, ["--ckpt", base], str(base), *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_no_flag_is_ignored(model_dir, stories_file, tmp_path, refused):
+    for script in (train_sft, pretrain):
+        refused(script.main, ["--val-data", stories_file, "--out", tmp_path / "x"], "--val-data goes with --data")
+    refused(pretrain.main, ["--data", stories_file, "--init", model_dir, "--tokenizer", model_dir, "--out",
+                            tmp_path / "x"], "--tokenizer")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_tokenizer_that_does_not_fit(model_dir, tok, tmp_path, refused):

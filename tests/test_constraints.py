@@ -71,6 +71,11 @@ def test_marks_around_words_are_no_part_of_them(text):
     assert normalize(text) == "词汇：铲子，草地"
 
 
+def test_words_in_a_list_of_lines():
+    for lines in ("1. 铲子\n2. 草地", "- 铲子\n- 草地", "（1）铲子\n（2）草地", "1、铲子\n2、草地"):
+        assert parse(f"词汇：\n{lines}")[0] == {"词汇": ["铲子", "草地"]}
+
+
 def test_what_belongs_to_a_word_stays():
     for word in ("T恤", "C++", ".NET", "3.5", "小明（猫）", "don't", "Jean-Luc", "冰：雪", "A/B"):
         assert parse(f"词汇：{word}，铲子")[0] == {"词汇": [word, "铲子"]}

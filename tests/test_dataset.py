@@ -1,4 +1,6 @@
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from dataset import (
     encode_pairs,
     encode_prompt,
     encode_stories,
+    in_batches,
     varied_prompts,
 )
 from model import IGNORE
@@ -60,9 +63,8 @@ def rows(tok, pairs):
     return encode_pairs(tok, [(r["instruction"], r["output"]) for r in pairs], 128, "rows")
 
 
-@pytest.mark.parametrize("bucket", [True, False])
-def test_every_epoch_has_every_row_once(rows, bucket):
-    batches = PairBatches(rows, 4, 2, seed=1, bucket=bucket)
+def test_every_epoch_has_every_row_once(rows):
+    batches = PairBatches(rows, 4, 2, seed=1)
     assert batches.steps_per_epoch == 8  # 60 rows, 8 a step; the last step is smaller, not dropped
 
     def texts(epoch):
@@ -80,18 +82,18 @@ def test_every_epoch_has_every_row_once(rows, bucket):
 def test_bucketed_equals_unbucketed_with_less_padding(rows, tok):
     model = random_model(tiny_config(tok.vocab_size))
 
-    def epoch(bucket):
-        batches = PairBatches(rows, 8, 1, seed=1, bucket=bucket)
+    def epoch(batches):
         model.zero_grad()
         loss, size = 0.0, 0
-        for step in range(batches.steps_per_epoch):
-            for x, y in batches(step):
-                part = model(x, y)
-                part.backward()
-                loss, size = loss + part.item(), size + x.numel()
+        for x, y in batches:
+            part = model(x, y)
+            part.backward()
+            loss, size = loss + part.item(), size + x.numel()
         return loss, size, model.lm_head.weight.grad.clone()
 
-    bucketed, plain = epoch(True), epoch(False)
+    steps = PairBatches(rows, 8, 1, seed=1)
+    bucketed = epoch([xy for step in range(steps.steps_per_epoch) for xy in steps(step)])
+    plain = epoch(in_batches(random.Random(1).sample(rows, len(rows)), 8))
     assert bucketed[0] == pytest.approx(plain[0], rel=1e-5)
     torch.testing.assert_close(bucketed[2], plain[2], atol=1e-3, rtol=1e-4)
     assert bucketed[1] < 0.9 * plain[1]
@@ -123,7 +125,7 @@ def test_prompts_are_drawn_anew_in_every_epoch_and_the_stories_stay(tok):
     instruction = "词汇：铲子\n特点：对话\n摘要：小猫捡到铲子。\n随机句子：小猫在河边。"
     pairs = [(instruction, f"小猫在河边捡到{what}。") for what in ("铲子", "皮球", "帽子", "苹果") * 4]
     rows = encode_pairs(tok, pairs, 128, "rows")
-    prompt = varied_prompts(tok, [i for i, _ in pairs], True, 0.3)
+    prompt = varied_prompts(tok, [i for i, _ in pairs], 128, True, 0.3)
 
     def epoch(n, **options):
         batches = PairBatches(rows, 4, 1, seed=1, **options)

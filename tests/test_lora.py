@@ -244,7 +244,8 @@ def test_what_an_adapter_is_cannot_change_when_it_is_resumed(model_dir, pairs_fi
                         ("--targets", "q_proj"), ("--init", tmp_path)):
         refused(lora.main, ["--resume", "--out", out, "--max-steps", "14", flag, value], flag, value, "cannot change")
     assert (out / "last" / lora.TENSORS).read_bytes() == before
-    lora.main(["--resume", "--out", str(out), "--max-steps", "14", "--r", "4", "--lr", "1e-3"])
+    lora.main(["--resume", "--out", str(out), "--max-steps", "14", "--r", "4", "--alpha", "8", "--lr", "1e-3", "--init",
+               str(model_dir / ".." / model_dir.name)])  # as it was
 
 
 def test_a_merge_that_fails_leaves_nothing(model_dir, pairs_file, tmp_path, monkeypatch, refused):

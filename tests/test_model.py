@@ -48,11 +48,11 @@ def test_logits_equal_transformers_both_ways(name, tok, tmp_path):
         torch.testing.assert_close(back(idx), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("changes", [{"window": 64, "soft_cap": 30.0}, {}])
+@pytest.mark.parametrize("changes", [{"window": 64, "soft_cap": 30.0}, {"window": None}, {}])
 def test_every_field_of_the_config_survives_also_one_that_adds_no_weight(changes, tok, tmp_path, monkeypatch):
     @dataclass
     class Forked(GPTConfig):
-        window: int = 0
+        window: int | None = 512
         soft_cap: float | None = None
 
     different = {"block_size": 96, "n_layer": 1, "n_head": 4, "n_kv_head": 2, "head_size": 10, "n_embd": 24,

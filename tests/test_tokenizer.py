@@ -127,10 +127,10 @@ def test_a_base_that_adds_tokens_is_written_as_it_is_trained_here(tok, tmp_path)
     settings = json.loads((theirs / "tokenizer_config.json").read_text())
     (theirs / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True, "mine": 1}))
     fast = json.loads((theirs / "tokenizer.json").read_text())
-    fast["post_processor"] = {
+    fast["post_processor"] = {"type": "Sequence", "processors": [{
         "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
         "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}]}
     (theirs / "tokenizer.json").write_text(json.dumps(fast))
     assert transformers.AutoTokenizer.from_pretrained(theirs)("小猫")["input_ids"][0] == 1
     save_tokenizer(tmp_path, tokenizers.load(theirs))

@@ -327,6 +327,20 @@ def test_what_cannot_be_written_is_one_line(straight, model_dir, pairs_file, tmp
         assert (tmp_path / "run" / file).read_bytes() == (straight[0] / file).read_bytes()
 
 
+def test_a_disk_that_is_full_while_weights_or_state_are_written(model_dir, pairs_file, tmp_path):
+    """As safetensors and torch.save report it: neither raises an OSError."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({n}, {n})); signal.signal(signal.SIGXFSZ, " \
+            "signal.SIG_IGN)"
+    size = (model_dir / WEIGHTS).stat().st_size
+    for n in (size // 2, size + 1000):  # too small for the weights; for the optimizer's state
+        out = tmp_path / str(n)
+        done = run(settings(model_dir, pairs_file, out), limit.format(n=n))
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 2 and "cannot write to" in last and str(out) in last, done.stderr[-2000:]
+        assert not list(out.rglob("*.tmp")) and not list(out.glob("last.*"))
+        assert (out / "last").exists() == ("holds the last good save" in last) == (n > size)
+
+
 def test_a_dollar_in_the_name_of_a_run_is_no_formula(straight, tmp_path):
     import shutil
 
