@@ -239,10 +239,11 @@ def parse(parser, argv, fixed):
     parser.set_defaults(**stored)
     before = vars(parser.parse_args(["--out", str(args.out)]))
     for name in (*fixed, "val_data"):  # another validation set has another best loss
-        now = given.get(name, before[name])
-        if now != before[name] and not (isinstance(now, Path) and before[name] and now.samefile(before[name])):
-            fail(f"--{name.replace('_', '-')} {now} cannot change with --resume; the run in {args.out} has "
-                 f"{before[name]}")
+        now, then = given.get(name, before[name]), before[name]
+        if isinstance(now, Path) and then:
+            now, then = now.resolve(), then.resolve()
+        if now != then:
+            fail(f"--{name.replace('_', '-')} {now} cannot change with --resume; the run in {args.out} has {then}")
     if "epochs" in given and "max_steps" not in given:
         parser.set_defaults(max_steps=None)
     return parser.parse_args(argv)
