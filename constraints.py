@@ -85,12 +85,11 @@ HEAD = re.compile(rf"""
     (?P<open>[{QUOTES}]?) (?P<name>[^\W_][\w\ {INVISIBLE}-]*?) [\s{INVISIBLE}]* (?P<close>[{CLOSING}]?)
     (?(emphasis) (?P<ended>(?P=emphasis))? ) [\s{INVISIBLE}]*
     (?: (?P<colon>[：:﹕∶]) | (?<=】) )""", re.X)
-LONGEST_HEAD = 60  # characters; stories have long lines, and no key is so long
 
 
 def head(line, start=0):
     """The match of HEAD, of a key or of any name that stands like one; None if there is none."""
-    found = HEAD.match(line, start, start + LONGEST_HEAD)
+    found = HEAD.match(line, start, start + 60)  # stories have long lines, and no key is so long
     return found if found and PAIRS[found["open"]] == found["close"] else None
 
 
