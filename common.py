@@ -107,7 +107,7 @@ def write_atomic(path, write):
     except (OSError, RuntimeError, SafetensorError) as e:  # how Python, torch.save and safetensors report a full disk
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write to {path.parent}: {getattr(e, 'strerror', None) or e}") from None
+        raise OSError(f"cannot write to {path}: {getattr(e, 'strerror', None) or e}") from None
 
 
 def write_text(path, text):
