@@ -137,8 +137,8 @@ def new_directory(path):
     try:
         work.mkdir(parents=True)
         yield work
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
+        if path.exists():  # if not, a kill between these renames has left `old` as the only good one
+            shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         work.rename(path)
         shutil.rmtree(old, ignore_errors=True)

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import ROOT, STORIES, random_model, tiny_config
 from safetensors.torch import load_file
 
 import train_sft
-from checkpoint import WEIGHTS, load_last, load_model, save_model
+from checkpoint import WEIGHTS, load_last, load_model, save_last, save_model
 from dataset import PairBatches, collate, encode_pair, encode_pairs
 from records import read_instructions, split_by_story
 from train_sft import backward, get_lr, next_token_loss
@@ -178,6 +179,18 @@ def test_transformers_loads_the_run(straight):
 def test_a_save_that_was_interrupted_between_its_renames_is_found(straight, tmp_path):
     import shutil
     shutil.copytree(straight[0] / "last", tmp_path / "last.old")
+    assert load_last(tmp_path)[2]["step"] == 20
+
+
+def test_the_only_save_is_kept_until_the_next_one_is_in_its_place(straight, model_dir, tmp_path, monkeypatch):
+    import shutil
+    shutil.copytree(straight[0] / "last", tmp_path / "last.old")  # killed between the renames
+
+    def killed(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Path, "rename", killed)  # and again at the next save
+    with pytest.raises(KeyboardInterrupt):
+        save_last(tmp_path, lambda directory: shutil.copytree(model_dir, directory, dirs_exist_ok=True), {"step": 21})
     assert load_last(tmp_path)[2]["step"] == 20
 
 
