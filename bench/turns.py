@@ -125,13 +125,18 @@ def take_turns(sides, rounds, steps):
 
 
 def run_command(root, *argv):
-    """Run a script of the project's files in `root`. -> (wall seconds, peak memory in bytes of its largest process)."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, argv)], cwd=root, stdout=sys.stderr, env=os.environ | CPU)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds, process.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(map(str, argv))} ended with exit code {process.returncode}")
+    """Run a script of the project's files in `root`. -> (wall seconds, peak memory in bytes of its largest process).
+    What it prints is shown only if it fails."""
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        start = time.perf_counter()
+        process = subprocess.Popen([sys.executable, *map(str, argv)], cwd=root, env=os.environ | CPU, stdout=output,
+                                   stderr=output)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds, process.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            tell(output.read()[-4000:])
+            raise SystemExit(f"{' '.join(map(str, argv))} ended with exit code {process.returncode}")
     return seconds, usage.ru_maxrss * 1024
 
 
