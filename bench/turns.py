@@ -93,7 +93,8 @@ class Side:
         return json.loads(line)
 
     def close(self):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -126,10 +127,11 @@ def take_turns(sides, rounds, steps):
 
 def run_command(root, *argv):
     """Run a script of the project's files in `root`. -> (wall seconds, peak memory in bytes of its largest process).
-    What it prints is shown only if it fails."""
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    What it prints is shown only if it fails. It compiles as a first run does: no earlier one's kernels are there."""
+    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile("w+", errors="replace") as output:
+        environment = os.environ | CPU | {"TORCHINDUCTOR_CACHE_DIR": cache}
         start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *map(str, argv)], cwd=root, env=os.environ | CPU, stdout=output,
+        process = subprocess.Popen([sys.executable, *map(str, argv)], cwd=root, env=environment, stdout=output,
                                    stderr=output)
         _, status, usage = os.wait4(process.pid, 0)
         seconds, process.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
