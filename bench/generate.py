@@ -90,7 +90,7 @@ def transformers(work, folder):
 
 def llama_cpp(work, folder, threads=None):
     """llama.cpp's C functions through llama-cpp-python, on a float32 GGUF, with its cache in float32 and without its
-    flash attention, which rounds to float16: so it computes what the others compute, and is faster than by default.
+    flash attention, which rounds to float16: so it computes what the others compute, and is no slower than by default.
 
     In its favour: no tokens to text, no Python wrapper around decoding, the argmax by numpy in place of its sampler;
     all cores, as its command has it (llama-cpp-python takes half of them), and a side with one thread.
