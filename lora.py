@@ -49,11 +49,15 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
         self.lora_dropout = nn.Dropout(dropout)
 
+    def factors(self, x):
+        """x (..., in) -> x, W, a, B with y = x Wᵀ + a Bᵀ: (..., in), (out, in), (..., r), (out, r)."""
+        return x, self.weight, self.scale * self.lora_A(self.lora_dropout(x)), self.lora_B.weight
+
     def forward(self, x):  # (..., in) -> (..., out)
-        y = F.linear(x, self.weight)
-        low = self.scale * self.lora_A(self.lora_dropout(x))  # (..., r)
+        x, weight, low, b = self.factors(x)
+        y = F.linear(x, weight)
         # addmm adds while it multiplies: low @ Bᵀ would be another tensor as large as y, written, read and added
-        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.lora_B.weight.T).view_as(y)
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), b.T).view_as(y)
 
     def delta(self):
         """What the adapter adds to the weight: (out, in), in float32."""

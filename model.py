@@ -10,6 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import functions
+
 IGNORE = -100  # the label of a token that is not supervised (prompt, padding)
 
 
@@ -44,6 +46,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n_embd))
 
     def forward(self, x):  # (B, T, C)
+        if functions.on_cpu(x):
+            return functions.RMSNorm.apply(x, self.weight, self.eps, functions.precision(x))
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -59,6 +63,8 @@ def rope_angles(pos, head_size, base):
 
 def apply_rope(x, cos, sin):
     """Rotate the pairs (x[i], x[i + D/2]), the rotate-half layout. x: (B, H, T, D)."""
+    if functions.on_cpu(x) and torch.is_grad_enabled():
+        return functions.Rotate.apply(x, cos, sin)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
@@ -73,24 +79,22 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_size, bias=False)
         self.o_proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=False)
 
-    def forward(self, x, rope, pos, cache):
+    def forward(self, x, rope, cache, mask):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H_kv, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        mask = None
-        if cache is not None:
-            # A token's slot in the cache is its position in its text, so rows of unequal length need no padding
-            # rules: each row writes where it stands, and sees the slots up to there.
-            keys, values = cache  # (B, H_kv, S, D)
-            rows = torch.arange(B, device=x.device)[:, None]
-            keys[rows, :, pos] = k.transpose(1, 2)  # indices first: (B, T, H_kv, D)
-            values[rows, :, pos] = v.transpose(1, 2)
-            k, v = keys, values
-            mask = torch.arange(k.size(2), device=x.device) <= pos[:, None, :, None]  # (B, 1, T, S)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=q.size(1) != k.size(1))
+        if cache is not None:  # the keys and values of what came before, with room for these T at the end
+            for kept, new in zip(cache, (k, v)):
+                kept[:, :, -T:] = new
+            k, v = cache  # (B, H_kv, S, D)
+        groups = q.size(1) // k.size(1)
+        if q.dtype == torch.bfloat16 and functions.on_cpu(x) and torch.is_grad_enabled():
+            y = functions.CausalAttention.apply(q, *(t.repeat_interleave(groups, dim=1) for t in (k, v)))
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                               enable_gqa=groups > 1)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -115,8 +119,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, pos, cache):
-        x = x + self.self_attn(self.input_layernorm(x), rope, pos, cache)
+    def forward(self, x, rope, cache, mask):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -156,32 +160,39 @@ class GPT(nn.Module):
     def num_params(self):
         return sum(p.numel() for p in self.parameters())  # a tied weight is one parameter, listed once
 
-    def hidden(self, idx, pos=None, cache=None):
+    def hidden(self, idx, pos=None, cache=None, mask=None):
         """idx (B, T) -> what the head reads (B, T, C). For cached generation also the positions pos (B, T) of the
-        tokens and a layer's (keys, values) each, (B, H_kv, S, D), which are written at these positions."""
+        tokens in their texts, each layer's (keys, values), (B, H_kv, S, D), whose last T slots are written, and the
+        slots that a token sees: mask (B, 1, T, S), True where it does; None: all up to its own."""
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens do not fit into block_size {self.config.block_size}")
-        rope_pos = torch.arange(idx.size(1), device=idx.device) if pos is None else pos
-        rope = rope_angles(rope_pos, self.config.head_size, self.config.rope_base)
+        pos = torch.arange(idx.size(1), device=idx.device) if pos is None else pos
+        rope = rope_angles(pos, self.config.head_size, self.config.rope_base)
         x = self.model.embed_tokens(idx)  # (B, T, C)
         for i, block in enumerate(self.model.layers):
-            x = block(x, rope, pos, cache[i] if cache else None)
+            x = block(x, rope, cache[i] if cache else None, mask)
         return self.model.norm(x)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, weights=None):
         """idx (B, T) token ids -> logits (B, T, V); with targets -> the summed cross-entropy, a scalar, in nats.
 
-        targets (B, T): the id that should follow each token, IGNORE where none is asked for. The head runs only at the
-        supervised positions: at a large vocabulary it is most of the arithmetic and most of the memory. The sum, not
-        the mean: the caller divides by the supervised tokens of its whole optimizer step.
+        targets (B, T): the id that should follow each token, IGNORE where none is asked for. weights (B, T): what its
+        cross-entropy is multiplied by (a policy gradient's rewards), default 1. The head runs only at the supervised
+        positions: at a large vocabulary it is most of the arithmetic and most of the memory. The sum, not the mean:
+        the caller divides by the supervised tokens of its whole optimizer step.
         """
         x = self.hidden(idx)  # (B, T, C)
         if targets is None:
             return self.lm_head(x)  # (B, T, V)
         supervised = targets != IGNORE
-        # In pieces: one (N, V) tensor is so large that the CPU maps it afresh, page by page, in every step.
-        return sum(F.cross_entropy(self.lm_head(piece).float(), ids, reduction="sum")
-                   for piece, ids in zip(x[supervised].split(512), targets[supervised].split(512)))
+        x, targets = x[supervised], targets[supervised]
+        weights = None if weights is None else weights[supervised]
+        if functions.on_cpu(x):
+            factors = self.lm_head.factors(x) if hasattr(self.lm_head, "factors") else (x, self.lm_head.weight)
+            return functions.LinearCrossEntropy.apply(targets, weights, functions.precision(x), *factors)
+        loss = torch.cat([F.cross_entropy(self.lm_head(piece).float(), ids, reduction="none")  # (N,); in pieces: the
+                          for piece, ids in zip(x.split(512), targets.split(512))])            # logits are large
+        return (loss if weights is None else weights * loss).sum()
 
     @torch.inference_mode()
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, eos_id=None, seed=None):
@@ -201,31 +212,45 @@ class GPT(nn.Module):
         device = weight.device
         rng = None if seed is None else torch.Generator(device).manual_seed(seed)
 
-        B, lengths = len(prompts), torch.tensor([len(p) for p in prompts], device=device)
+        # Prompts are padded on the left, so that all rows write the same slot of the cache; what pads is never seen.
         longest = max(map(len, prompts))
-        size = min(longest + max_new_tokens, limit)
-        shape = (B, self.config.n_kv_head, size, self.config.head_size)
+        max_new_tokens = min(max_new_tokens, limit - min(map(len, prompts)))
+        pads = torch.tensor([longest - len(p) for p in prompts], device=device)  # (B,)
+        idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T)
+        slots = torch.arange(longest + max_new_tokens, device=device)
+        pos = (slots[:longest] - pads[:, None]).clamp(min=0)
+        shape = (len(prompts), self.config.n_kv_head, len(slots), self.config.head_size)
         cache = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.model.layers]
-        idx = torch.zeros(B, longest, dtype=torch.long, device=device)  # what pads a prompt is overwritten before
-        for row, prompt in zip(idx, prompts):                           # the row ever looks at it
-            row[:len(prompt)] = torch.tensor(prompt, device=device)
-        pos = torch.arange(longest, device=device).expand(B, -1)
-        last = lengths - 1  # the column of each row's newest token
+        seen = mask = None  # (B, 1, 1, S): the slots that are no padding
+        if pads.any():
+            seen = (slots >= pads[:, None])[:, None, None]
+            itself = torch.eye(longest, dtype=torch.bool, device=device)  # what pads sees no other slot
+            mask = (slots[:longest] <= slots[:longest, None]) & seen[..., :longest] | itself  # (B, 1, T, T)
 
-        alive = [len(p) < limit for p in prompts]
-        for step in range(max_new_tokens):
-            used = min(longest + step, size)
-            x = self.hidden(idx, pos, [(k[:, :, :used], v[:, :, :used]) for k, v in cache])  # (B, T, C)
-            logits = self.lm_head(x[torch.arange(B, device=device), last]).float()  # (B, V): the head runs once a row
-            idx = sample_next(logits, temperature, top_k, top_p, rng)[:, None]  # (B, 1)
-            ids = idx[:, 0].tolist()
-            alive = [a and i != eos_id for a, i in zip(alive, ids)]
-            if not any(alive):
+        rows = list(range(len(prompts)))  # the prompts in the batch
+        alive = [i for i in rows if len(prompts[i]) < limit]  # the places in the batch that go on
+        for used in range(longest, len(slots)):  # slots in use
+            x = self.hidden(idx, pos, [(k[:, :, :used], v[:, :, :used]) for k, v in cache], mask)  # (B, T, C)
+            ids = sample_next(self.lm_head(x[:, -1]).float(), temperature, top_k, top_p, rng)  # (B,)
+            new = ids.tolist()
+            alive = [i for i in alive if new[i] != eos_id]
+            if not alive:
                 return
-            yield [i if a else None for a, i in zip(alive, ids)]
-            alive = [a and len(p) + step + 1 < limit for a, p in zip(alive, prompts)]
-            pos = (lengths + step).clamp(max=size - 1)[:, None]  # ended rows go on in place, unread
-            last = torch.zeros_like(lengths)
+            out = [None] * len(prompts)
+            for i in alive:
+                out[rows[i]] = new[i]
+            yield out
+            alive = [i for i in alive if len(prompts[rows[i]]) + used + 1 - longest < limit]
+            if not alive:
+                return
+            if len(alive) <= 7 / 8 * len(rows):  # what has ended leaves the batch; seldom, as the cache is copied
+                keep = torch.tensor(alive, dtype=torch.long, device=device)
+                cache = [(k[keep], v[keep]) for k, v in cache]
+                ids, pads, seen = ids[keep], pads[keep], seen if seen is None else seen[keep]
+                rows = [rows[i] for i in alive]
+                alive = list(range(len(rows)))
+            idx, pos = ids[:, None], (used - pads)[:, None]
+            mask = seen if seen is None else seen[..., :used + 1]
 
     def generate(self, prompts, max_new_tokens, **sampling):
         """`stream`, collected: a list of new ids a prompt."""

@@ -85,7 +85,10 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
     device = params[0].device
     precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16-mixed")
     optimizer = optimizer or adamw(model, lr)
-    compiled = torch.compile(model) if compile else model
+    common.keep_freed_memory()
+    if compile:
+        for block in model.model.layers:  # one by one: all are alike, so there is one to compile
+            block.compile()
 
     done, best = 0, None  # optimizer steps made; the best [validation loss, step] so far
     if state:
@@ -100,7 +103,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
         """Validation loss of the weights as they are. The best so far become the model directory."""
         nonlocal best
         model.eval()
-        with precision:
+        with precision, torch.compiler.set_stance("force_eager"):  # other shapes, and too few to compile for
             loss, n = common.sum_over_processes(*total_loss(model, val_batches[rank()::world()], loss_fn))
         model.train()
         if n:
@@ -129,7 +132,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(done + 1, steps, warmup, lr, min_lr, decay_rate)
             torch.manual_seed(((seed * 1_000_003 + done) * world() + rank()) % 2**63)
-            loss, n = backward(compiled, batches(done), loss_fn, params, precision)
+            loss, n = backward(model, batches(done), loss_fn, params, precision)
             norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):  # before the update: the weights are still good
                 raise FloatingPointError(f"step {done + 1}: loss {loss}, gradient norm {norm}. The run stops; "

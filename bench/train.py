@@ -61,10 +61,12 @@ def ours(weights, precision, with_lora):
     import torch
     from safetensors.torch import save_file
 
+    import common
     import lora
     from dataset import collate, next_token_loss
     from model import GPT, PRESETS
     from train_sft import adamw, backward
+    common.keep_freed_memory()  # as the loop does
     torch.manual_seed(0)
     model = GPT(PRESETS["microstories"])
     if with_lora:
