@@ -79,7 +79,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_size, bias=False)
         self.o_proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=False)
 
-    def forward(self, x, rope, cache, mask):
+    def forward(self, x, rope, cache, mask, lengths):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H_kv, T, D)
@@ -89,13 +89,18 @@ class Attention(nn.Module):
             for kept, new in zip(cache, (k, v)):
                 kept[:, :, -T:] = new
             k, v = cache  # (B, H_kv, S, D)
-        groups = q.size(1) // k.size(1)
-        if q.dtype == torch.bfloat16 and functions.on_cpu(x) and torch.is_grad_enabled():
-            y = functions.CausalAttention.apply(q, *(t.repeat_interleave(groups, dim=1) for t in (k, v)))
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                               enable_gqa=groups > 1)
+        texts = zip(*(t.split(lengths, dim=2) for t in (q, k, v))) if lengths else [(q, k, v)]
+        y = torch.cat([attend(*text, mask) for text in texts], dim=2)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def attend(q, k, v, mask):
+    """Attention of q (B, H, T, D) to k, v (B, H_kv, S, D) -> (B, H, T, D); causal where there is no mask."""
+    if q.dtype == torch.bfloat16 and functions.on_cpu(q) and torch.is_grad_enabled():
+        groups = q.size(1) // k.size(1)
+        return functions.CausalAttention.apply(q, *(t.repeat_interleave(groups, dim=1) for t in (k, v)))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1,
+                                          enable_gqa=q.size(1) != k.size(1))
 
 
 class MLP(nn.Module):
@@ -119,8 +124,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, cache, mask):
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask)
+    def forward(self, x, rope, cache, mask, lengths):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask, lengths)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -160,17 +165,20 @@ class GPT(nn.Module):
     def num_params(self):
         return sum(p.numel() for p in self.parameters())  # a tied weight is one parameter, listed once
 
-    def hidden(self, idx, pos=None, cache=None, mask=None):
-        """idx (B, T) -> what the head reads (B, T, C). For cached generation also the positions pos (B, T) of the
-        tokens in their texts, each layer's (keys, values), (B, H_kv, S, D), whose last T slots are written, and the
-        slots that a token sees: mask (B, 1, T, S), True where it does; None: all up to its own."""
-        if idx.size(1) > self.config.block_size:
+    def hidden(self, idx, pos=None, cache=None, mask=None, lengths=None):
+        """idx (B, T) -> what the head reads (B, T, C). pos (B, T): the tokens' places in their texts from 0.
+
+        For cached generation: each layer's (keys, values), (B, H_kv, S, D), whose last T slots are written, and the
+        slots that a token sees, mask (B, 1, T, S), True where it does; None: all up to its own.
+        lengths: of the texts that stand one behind the other in each row; a token sees its own text only.
+        """
+        if pos is None and idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens do not fit into block_size {self.config.block_size}")
         pos = torch.arange(idx.size(1), device=idx.device) if pos is None else pos
         rope = rope_angles(pos, self.config.head_size, self.config.rope_base)
         x = self.model.embed_tokens(idx)  # (B, T, C)
         for i, block in enumerate(self.model.layers):
-            x = block(x, rope, cache[i] if cache else None, mask)
+            x = block(x, rope, cache[i] if cache else None, mask, lengths)
         return self.model.norm(x)
 
     def forward(self, idx, targets=None, weights=None):
@@ -181,11 +189,20 @@ class GPT(nn.Module):
         positions: at a large vocabulary it is most of the arithmetic and most of the memory. The sum, not the mean:
         the caller divides by the supervised tokens of its whole optimizer step.
         """
-        x = self.hidden(idx)  # (B, T, C)
         if targets is None:
-            return self.lm_head(x)  # (B, T, V)
-        supervised = targets != IGNORE
-        x, targets = x[supervised], targets[supervised]
+            return self.lm_head(self.hidden(idx))  # (B, T, V)
+        T, supervised = idx.size(1), targets != IGNORE
+        # Behind the last supervised token of a row nothing counts. Rows of unlike length are laid one behind the other.
+        place = torch.arange(T, device=idx.device)
+        last = (supervised * (place + 1)).amax(1, keepdim=True)  # (B, 1)
+        lengths = (-(-last // 16) * 16).clamp(max=T)  # few distinct ones, as each needs new kernels
+        if functions.on_cpu(idx) and lengths.sum() < 0.9 * idx.numel():
+            used = place < lengths  # (B, T)
+            pos, lengths = place.expand_as(idx)[used], [n for n in lengths[:, 0].tolist() if n]
+            x = self.hidden(idx[used][None], pos[None], lengths=lengths)[0, supervised[used]]  # (N, C)
+        else:
+            x = self.hidden(idx)[supervised]  # (N, C)
+        targets = targets[supervised]
         weights = None if weights is None else weights[supervised]
         if functions.on_cpu(x):
             factors = self.lm_head.factors(x) if hasattr(self.lm_head, "factors") else (x, self.lm_head.weight)
