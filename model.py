@@ -196,7 +196,7 @@ class GPT(nn.Module):
         place = torch.arange(T, device=idx.device)
         last = (supervised * (place + 1)).amax(1, keepdim=True)  # (B, 1)
         lengths = (-(-last // 16) * 16).clamp(max=T)  # few distinct ones, as each needs new kernels
-        if functions.on_cpu(idx) and lengths.sum() < 0.9 * idx.numel():
+        if functions.on_cpu(idx) and 0 < lengths.sum() < 0.9 * idx.numel():
             used = place < lengths  # (B, T)
             pos, lengths = place.expand_as(idx)[used], [n for n in lengths[:, 0].tolist() if n]
             x = self.hidden(idx[used][None], pos[None], lengths=lengths)[0, supervised[used]]  # (N, C)

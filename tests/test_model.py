@@ -177,3 +177,22 @@ def test_attention_starts_as_what_it_has_to_become():
                   ("q_proj", "k_proj", "v_proj", "o_proj"))
     assert not torch.equal(q, attn.q_proj.weight) and abs(q.std().item() - 32 ** -0.5) < 0.02
     assert q.data_ptr() != k.data_ptr() and v.data_ptr() != o.data_ptr()  # alike, not the same parameter
+
+
+def test_rows_of_unlike_length_cost_no_padding(monkeypatch):
+    """Laid one behind the other they give the loss and gradients of the padded ones."""
+    model = random_model(tiny_config(300))
+    idx, targets = torch.randint(300, (4, 100)), torch.randint(300, (4, 100))
+    for row, (prompt, end) in enumerate([(10, 100), (5, 20), (0, 0), (30, 33)]):
+        targets[row, :prompt] = targets[row, end:] = IGNORE
+    sizes, hidden = [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *args, **named: sizes.append(args[0].shape) or hidden(*args, **named))
+    model(idx, targets).backward()
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    full = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    torch.testing.assert_close(model(idx, targets), full)
+    full.backward()
+    for a, p in zip(ours, model.parameters()):
+        torch.testing.assert_close(a, p.grad, atol=1e-4, rtol=1e-4)
+    assert sizes[0] == (1, 100 + 32 + 48)  # lengths are rounded up to multiples of 16
