@@ -12,12 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from bench.train import make_batches  # noqa: E402
+from bench.train import make_batches, our_step  # noqa: E402
 from bench.turns import tell  # noqa: E402
 from common import command_line, has_bf16, positive  # noqa: E402
-from dataset import collate, next_token_loss  # noqa: E402
+from dataset import collate  # noqa: E402
 from model import GPT, IGNORE, PRESETS  # noqa: E402
-from train_sft import adamw, backward  # noqa: E402
 
 ADAMW_BYTES = 28  # for each parameter: weight, gradient and two moments are read, all but the gradient written, float32
 
@@ -69,15 +68,14 @@ def product_speed(shapes, dtype):
 
 def step_speed(model, batches, precision, compile, tokens):
     """-> tokens/s of each of our training steps, the first two left out."""
-    params, optimizer = list(model.parameters()), adamw(model, 1e-4)
-    forward = torch.compile(model) if compile else model
+    if compile:
+        for block in model.model.layers:  # as the loop does
+            block.compile()
+    step = our_step(model, precision)
     rates = []
     for batch in batches:
         start = time.perf_counter()
-        backward(forward, [batch], next_token_loss, params, precision)
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        step(batch)
         rates.append(tokens(batch) / (time.perf_counter() - start))
     return rates[2:]
 
@@ -120,8 +118,7 @@ def main(argv=None):
             flop = sum(6 * N * n_in * n_out for N, n_in, n_out in shapes) / tokens + attention
             seconds = flop * tokens / speed
             both = seconds + ADAMW_BYTES * model.num_params() / far
-            autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
-            own = median(step_speed(model, batches, autocast, args.compile, tokens_of))
+            own = median(step_speed(model, batches, name, args.compile, tokens_of))
             print(f"| {title} | {name} | {speed / 1e9:,.0f} | {flop / 1e6:.0f} | {tokens / seconds:,.0f} | "
                   f"{tokens / both:,.0f} | {own:,.0f} | {own * seconds / tokens:.0%} |", flush=True)
 

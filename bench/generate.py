@@ -11,7 +11,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.turns import BEFORE, ROOT, Side, compare_logits, print_header, print_rows, roots, serve, take_turns, tell  # noqa: E402,E501
+from bench.turns import (  # noqa: E402
+    BEFORE,
+    ROOT,
+    Side,
+    bench_parser,
+    compare_logits,
+    print_header,
+    print_rows,
+    roots,
+    serve,
+    take_turns,
+    tell,
+)
 
 NEW = 256
 SAMPLING = {"temperature": 0.2, "top_k": 30, "top_p": 0.9, "max_new_tokens": 400}  # sample.py's defaults
@@ -230,13 +242,9 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--be"]:
         return be_side(*json.loads(argv[1]))
-    from common import command_line, positive
-    parser = command_line("Speed of writing stories beside other tools; the table goes to stdout.")
-    parser.add_argument("--work", choices=WORKS, nargs="+", default=list(WORKS), help="(default: all)")
-    parser.add_argument("--rounds", type=positive(int), default=5, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=positive(int), help="times that a side writes its stories in a round "
-                                                            "(default: 1, of single ones 4 and 2)")
-    args = parser.parse_args(argv)
+    args = bench_parser("Speed of writing stories beside other tools", WORKS,
+                        "times that a side writes its stories in a round (default: 1, of single ones 4 and 2)"
+                        ).parse_args(argv)
     with roots() as root_of:
         print_header()
         for work in args.work:

@@ -14,10 +14,9 @@ import torch  # noqa: E402
 from tqdm import trange  # noqa: E402
 
 import lora  # noqa: E402
+from bench.train import our_step  # noqa: E402
 from common import command_line, pick_device, positive  # noqa: E402
-from dataset import next_token_loss  # noqa: E402
 from model import GPT, IGNORE, PRESETS  # noqa: E402
-from train_sft import adamw, backward  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -36,18 +35,13 @@ def stepper(preset, r, batch, device):
     model = GPT(PRESETS[preset]).to(device)
     if r:
         lora.add(model, lora.TARGETS["all-linear"], r, 2 * r)
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(model, lr=1e-4)
-    precision = torch.autocast(device.type, torch.bfloat16)
+    one_step = our_step(model, "bf16-mixed")
 
     def step():
-        backward(model, [batch], next_token_loss, params, precision)
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        one_step(batch)
         if device.type == "cuda":
             torch.cuda.synchronize()
-    return step, sum(p.numel() for p in params)
+    return step, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def main(argv=None):

@@ -16,6 +16,7 @@ from bench.turns import (  # noqa: E402
     BEFORE,
     ROOT,
     Side,
+    bench_parser,
     compare_logits,
     print_header,
     print_rows,
@@ -61,12 +62,9 @@ def ours(weights, precision, with_lora):
     import torch
     from safetensors.torch import save_file
 
-    import common
     import lora
-    from dataset import collate, next_token_loss
+    from dataset import collate
     from model import GPT, PRESETS
-    from train_sft import adamw, backward
-    common.keep_freed_memory()  # as the loop does
     torch.manual_seed(0)
     model = GPT(PRESETS["microstories"])
     if with_lora:
@@ -75,17 +73,29 @@ def ours(weights, precision, with_lora):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.1 if p.dim() == 1 else 0.02))
     save_file({name: p.detach() for name, p in model.named_parameters()}, weights)
+    step = our_step(model, precision)
+    return model, lambda rows: step(collate(rows))
+
+
+def our_step(model, precision):
+    """-> step(batch (x, y)) -> mean loss: an optimizer step as `train_sft.train` makes it."""
+    import torch
+
+    import common
+    from dataset import next_token_loss
+    from train_sft import adamw, backward
+    common.keep_freed_memory()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(model, LR)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
+    autocast = torch.autocast(params[0].device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
-    def step(rows):
-        loss, _ = backward(model, [collate(rows)], next_token_loss, params, autocast)
+    def step(batch):
+        loss, _ = backward(model, [batch], next_token_loss, params, autocast)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss
-    return model, step
+    return step
 
 
 def before(weights, precision, with_lora):
@@ -355,13 +365,9 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--be"]:
         return be_side(*json.loads(argv[1]))
-    from common import command_line, positive
-    parser = command_line("Speed of training beside other tools; the table goes to stdout.")
-    parser.add_argument("--work", choices=WORKS, nargs="+", default=WORKS, help="(default: all)")
+    parser = bench_parser("Speed of training beside other tools", WORKS,
+                          "of a side in a round (default: 3 of the 44M model, 24 of pretraining, all of the main job)")
     parser.add_argument("--side", nargs="+", choices=SIDES, help="only these beside ours (default: all)")
-    parser.add_argument("--rounds", type=positive(int), default=5, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=positive(int), help="of a side in a round (default: 3 of the 44M model, 24 of "
-                                                            "pretraining, all of the main job)")
     args = parser.parse_args(argv)
     with roots() as root_of:
         print_header()

@@ -142,6 +142,16 @@ def run_command(root, *argv):
     return seconds, usage.ru_maxrss * 1024
 
 
+def bench_parser(description, works, steps):
+    """The flags of a benchmark with these works. steps: what --steps counts and its default."""
+    from common import command_line, positive
+    parser = command_line(f"{description}; the table goes to stdout.")
+    parser.add_argument("--work", choices=works, nargs="+", default=list(works), help="(default: all)")
+    parser.add_argument("--rounds", type=positive(int), default=5, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=positive(int), help=steps)
+    return parser
+
+
 def spread(values, form):
     return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
