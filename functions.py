@@ -122,6 +122,8 @@ class LinearCrossEntropy(Function):
 
     The loss is a sum, so its gradient is known as soon as the logits are, and nothing of size N x V is kept for the
     backward pass. Rows are taken as many at a time as BUFFER holds; what softmax divides by scales x and dx instead.
+    A row's target is kept apart from the others: beside a probability near 1 bfloat16 would lose what is left of it,
+    which is its gradient.
     """
 
     @staticmethod
@@ -141,23 +143,25 @@ class LinearCrossEntropy(Function):
             x = [x[start:start + rows] for x in xs]
             y, weight = targets[start:start + rows], weights[start:start + rows]  # (n,)
             exps = scratch((V, len(y)), dtype)
-            target_logits = sum((x_ * w[y]).sum(-1, dtype=wide) for x_, w in zip(x, ws)).to(dtype)
+            target_logits = sum((x_.to(wide) * w[y].to(wide)).sum(-1) for x_, w in zip(x, ws))
             shift = target_logits  # any that is not far below the largest logit will do
-            sums = exp_logits(exps, x, ws, shift)
-            if not sums.isfinite().all():  # some are 88 above
+            others = exp_logits(exps, x, ws, shift, y)
+            if not others.isfinite().all():  # some are 88 above
                 tiles = zip(*(w.split(max(1, CACHE // len(y))) for w in ws))
                 shift = torch.stack([sum(w @ x_.T for w, x_ in zip(tile, x)).amax(0) for tile in tiles]).amax(0)
-                sums = exp_logits(exps, x, ws, shift)
-            loss += (weight * ((shift - target_logits).to(wide) + sums.log())).sum()
-            weight, scale = weight.unsqueeze(-1), (weight / sums).unsqueeze(-1)  # (n, 1)
+                others = exp_logits(exps, x, ws, shift, y)
+            below = target_logits - shift
+            sums = others + below.exp()
+            loss += (weight * (sums.log() - below)).sum()
+            scale, missing = (weight / sums).unsqueeze(-1), (weight * others / sums).unsqueeze(-1)  # (n, 1)
             for x_, w, dx, dw in zip(x, ws, dxs, dws):
                 if dx is not None:
-                    dx[start:start + rows] = (w.T @ exps).T * scale - w[y] * weight
+                    dx[start:start + rows] = (w.T @ exps).T * scale - w[y] * missing
                 if dw is not None:
                     scaled = (x_ * scale).to(dtype)
                     for dw_, exps_ in zip(dw.split(2048), exps.split(2048)):
                         add_product(dw_, exps_, scaled, first=start == 0)
-                    dw.index_add_(0, y, (x_ * -weight).to(dw.dtype))
+                    dw.index_add_(0, y, (x_ * -missing).to(dw.dtype))
         ctx.grads = [grad if grad is None else grad[:len(factor)]
                      for factor, grad in zip(factors, (grad for pair in zip(dxs, dws) for grad in pair))]
         return loss
@@ -174,16 +178,19 @@ class LinearCrossEntropy(Function):
         return None, None, None, *grads
 
 
-def exp_logits(out, xs, ws, shift):
-    """out (V, n) = exp(z - shift), a tile of CACHE numbers at a time. -> its sums over the vocabulary (n,)."""
+def exp_logits(out, xs, ws, shift, targets):
+    """out (V, n) = exp(z - shift), 0 at the targets (n,), a tile of CACHE numbers at a time. -> its sums over V (n,)."""
     xs = [minus(xs[0], shift), *xs[1:]]
-    size = max(1, CACHE // out.size(1))
-    sums = torch.zeros(out.size(1), dtype=at_least_float32(out.dtype))
-    for tile, *w in zip(out.split(size), *(w.split(size) for w in ws)):
+    n = torch.arange(out.size(1))
+    size = max(1, CACHE // len(n))
+    sums = torch.zeros(len(n), dtype=at_least_float32(out.dtype))
+    for start, tile, *w in zip(range(0, len(out), size), out.split(size), *(w.split(size) for w in ws)):
         torch.mm(F.pad(w[0], (0, 2), value=1.0), xs[0].T, out=tile)
         for w_, x in zip(w[1:], xs[1:]):
             tile.addmm_(w_, x.T)
         tile.exp_()
+        here = (targets >= start) & (targets < start + len(tile))
+        tile[targets[here] - start, n[here]] = 0
         # Sums of 64 numbers each, as a product; in bfloat16 they are rounded one by one, and the errors cancel out.
         by_64 = torch.eye(-(-len(tile) // 64), dtype=tile.dtype).repeat_interleave(64, dim=1)[:, :len(tile)]
         sums += (by_64 @ tile).sum(0, dtype=sums.dtype)

@@ -105,6 +105,19 @@ def test_head_without_rows_and_with_far_logits():
          lambda *f: plain_head(targets, None, *f), 1000 * randn(9, 5, grad=False).requires_grad_(), w)
 
 
+def test_what_a_near_certainty_leaves_counts_in_bfloat16():
+    w = torch.randn(300, 32).sign()
+    targets = torch.randint(300, (200,))
+    x = w[targets] / 2  # the target's logit is 16, the others' around 0: its probability about 0.998
+
+    def result(compute, dtype):
+        return values_and_gradients(compute, *(t.to(dtype).requires_grad_() for t in (x, w)))
+    exact = result(lambda *f: plain_head(targets, None, *f), torch.float64)
+    ours = result(lambda *f: LinearCrossEntropy.apply(targets, None, torch.bfloat16, *f), torch.bfloat16)
+    for e, o in zip(exact, ours):
+        assert (o - e).norm() < 0.01 * e.norm()
+
+
 def test_a_second_backward_pass_is_refused():
     loss = LinearCrossEntropy.apply(torch.tensor([1]), None, torch.float64, randn(1, 4), randn(3, 4))
     loss.backward(retain_graph=True)
