@@ -153,15 +153,15 @@ class LinearCrossEntropy(Function):
             below = target_logits - shift
             sums = others + below.exp()
             loss += (weight * (sums.log() - below)).sum()
-            scale, missing = (weight / sums).unsqueeze(-1), (weight * others / sums).unsqueeze(-1)  # (n, 1)
+            scale = (weight / sums).unsqueeze(-1)  # (n, 1)
+            dz = exps.index_put_((y, torch.arange(len(y))), -others.to(dtype))  # (V, n), to be scaled
             for x_, w, dx, dw in zip(x, ws, dxs, dws):
                 if dx is not None:
-                    dx[start:start + rows] = (w.T @ exps).T * scale - w[y] * missing
+                    dx[start:start + rows] = (w.T @ dz).T * scale
                 if dw is not None:
                     scaled = (x_ * scale).to(dtype)
-                    for dw_, exps_ in zip(dw.split(2048), exps.split(2048)):
-                        add_product(dw_, exps_, scaled, first=start == 0)
-                    dw.index_add_(0, y, (x_ * -missing).to(dw.dtype))
+                    for dw_, dz_ in zip(dw.split(2048), dz.split(2048)):
+                        add_product(dw_, dz_, scaled, first=start == 0)
         ctx.grads = [grad if grad is None else grad[:len(factor)]
                      for factor, grad in zip(factors, (grad for pair in zip(dxs, dws) for grad in pair))]
         return loss
