@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from constraints import normalize, vary
-from model import IGNORE
+from model import IGNORE, to_device
 
 PROMPT = "Instruct: {}\nOutput:"  # the story follows at once, then EOS (the style of Phi-2)
 
@@ -223,8 +223,8 @@ class TokenBatches:
 def next_token_loss(model, batch):
     """batch: (x, y), both (B, T) int64, y IGNORE where nothing is supervised. -> (summed cross-entropy in nats, number
     of supervised tokens)."""
-    x, y = (ids.to(model.lm_head.weight.device) for ids in batch)
-    return model(x, y), (y != IGNORE).sum().item()
+    x, y = batch
+    return model(to_device(x, model.lm_head.weight.device), y), (y != IGNORE).sum().item()
 
 
 @torch.no_grad()

@@ -14,8 +14,13 @@ BUFFER = 2 ** 28  # bytes of the largest tensor: exp(logits) of so many rows at 
 
 
 def on_cpu(x):
-    """Are these functions the faster ones? On a GPU, and under torch.compile, the plain lines are."""
+    """Is x on a CPU, and the code not being compiled? If not, the plain lines are the faster ones."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def sizes(device):
+    """CACHE and BUFFER, for a CPU. A GPU likes large pieces."""
+    return (CACHE, BUFFER) if device.type == "cpu" else (2 ** 62, 2 * BUFFER)
 
 
 def precision(x):
@@ -103,7 +108,7 @@ class CausalAttention(Function):
         dy, v = minus(dy, (dy * y).sum(-1, dtype=lse.dtype)), torch.cat((v, one), dim=-1)
         dq, dk, dv = (q.new_empty(B, H, T, D) for _ in range(3))
         n = min(B, max(1, 2 * CACHE // (H * T * T)))  # texts at a time
-        probs, dscores = scratch((2, n * H, T, T), q.dtype)
+        probs, dscores = scratch((2, n * H, T, T), q.dtype, q.device)
         for i in range(0, B, n):
             q_, k_, v_, dy_, dq_, dk_, dv_ = (t[i:i + n].flatten(0, 1) for t in (q, k, v, dy, dq, dk, dv))
             p = torch.bmm(k_, q_.mT, out=probs[:len(k_)]).exp_().triu_()  # (n H, T keys, T queries)
@@ -129,38 +134,39 @@ class LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx, targets, weights, dtype, *factors):
         wide = at_least_float32(dtype)
-        V, N = len(factors[1]), len(targets)
-        rows = max(128, BUFFER // (V * dtype.itemsize) // 128 * 128)
+        V, N, C, device = len(factors[1]), len(targets), factors[1].size(1), targets.device
+        cache, buffer = sizes(device)
+        rows = max(128, buffer // (V * dtype.itemsize) // 128 * 128)
         spare = max(128, -(-N // 128) * 128) - N  # rows of weight 0: few distinct sizes, as each needs new kernels
         targets = F.pad(targets, (0, spare))
-        weights = F.pad(torch.ones(N, dtype=wide) if weights is None else weights.to(wide), (0, spare))
+        weights = F.pad(torch.ones(N, dtype=wide, device=device) if weights is None else weights.to(wide), (0, spare))
         xs = [F.pad(x.to(dtype), (0, 0, 0, spare)) for x in factors[::2]]
         ws = [w.to(dtype) for w in factors[1::2]]
         dxs = [torch.empty_like(x) if need else None for x, need in zip(xs, ctx.needs_input_grad[3::2])]
         dws = [torch.empty_like(w) if need else None for w, need in zip(factors[1::2], ctx.needs_input_grad[4::2])]
-        loss = torch.zeros((), dtype=wide)
+        loss = torch.zeros((), dtype=wide, device=device)
         for start in range(0, len(targets), rows):
             x = [x[start:start + rows] for x in xs]
             y, weight = targets[start:start + rows], weights[start:start + rows]  # (n,)
-            exps = scratch((V, len(y)), dtype)
+            exps = scratch((V, len(y)), dtype, device)
             target_logits = sum((x_.to(wide) * w[y].to(wide)).sum(-1) for x_, w in zip(x, ws))
-            shift = target_logits  # any that is not far below the largest logit will do
-            others = exp_logits(exps, x, ws, shift, y)
-            if not others.isfinite().all():  # some are 88 above
-                tiles = zip(*(w.split(max(1, CACHE // len(y))) for w in ws))
+            shift = target_logits.to(dtype)  # any that is not far below the largest logit will do
+            others = exp_logits(exps, x, ws, shift, y) if device.type == "cpu" else None
+            if others is None or not others.isfinite().all():  # some are 88 above; to look would be to wait for a GPU
+                tiles = zip(*(w.split(max(1, cache // len(y))) for w in ws))
                 shift = torch.stack([sum(w @ x_.T for w, x_ in zip(tile, x)).amax(0) for tile in tiles]).amax(0)
                 others = exp_logits(exps, x, ws, shift, y)
-            below = target_logits - shift
+            below = target_logits - shift.to(wide)
             sums = others + below.exp()
             loss += (weight * (sums.log() - below)).sum()
             scale = (weight / sums).unsqueeze(-1)  # (n, 1)
-            dz = exps.index_put_((y, torch.arange(len(y))), -others.to(dtype))  # (V, n), to be scaled
+            dz = exps.index_put_((y, torch.arange(len(y), device=device)), -others.to(dtype))  # (V, n), to be scaled
             for x_, w, dx, dw in zip(x, ws, dxs, dws):
                 if dx is not None:
                     dx[start:start + rows] = (w.T @ dz).T * scale
                 if dw is not None:
                     scaled = (x_ * scale).to(dtype)
-                    for dw_, dz_ in zip(dw.split(2048), dz.split(2048)):
+                    for dw_, dz_ in zip(dw.split(max(1, cache // (4 * C))), dz.split(max(1, cache // (4 * C)))):
                         add_product(dw_, dz_, scaled, first=start == 0)
         ctx.grads = [grad if grad is None else grad[:len(factor)]
                      for factor, grad in zip(factors, (grad for pair in zip(dxs, dws) for grad in pair))]
@@ -179,22 +185,28 @@ class LinearCrossEntropy(Function):
 
 
 def exp_logits(out, xs, ws, shift, targets):
-    """out (V, n) = exp(z - shift), 0 at the targets (n,), a tile of CACHE numbers at a time. -> its sums over V (n,)."""
-    xs = [minus(xs[0], shift), *xs[1:]]
-    n = torch.arange(out.size(1))
-    size = max(1, CACHE // len(n))
-    sums = torch.zeros(len(n), dtype=at_least_float32(out.dtype))
+    """out (V, n) = exp(z - shift), 0 at the targets (n,); a tile of CACHE numbers at a time. -> its sums (n,)."""
+    n = torch.arange(out.size(1), device=out.device)
+    size = max(1, sizes(out.device)[0] // len(n))
+    sums = torch.zeros(len(n), dtype=at_least_float32(out.dtype), device=out.device)
     for start, tile, *w in zip(range(0, len(out), size), out.split(size), *(w.split(size) for w in ws)):
-        torch.mm(F.pad(w[0], (0, 2), value=1.0), xs[0].T, out=tile)
+        torch.addmm(-shift, w[0], xs[0].T, out=tile)
         for w_, x in zip(w[1:], xs[1:]):
             tile.addmm_(w_, x.T)
         tile.exp_()
-        here = (targets >= start) & (targets < start + len(tile))
-        tile[targets[here] - start, n[here]] = 0
-        # Sums of 64 numbers each, as a product; in bfloat16 they are rounded one by one, and the errors cancel out.
-        by_64 = torch.eye(-(-len(tile) // 64), dtype=tile.dtype).repeat_interleave(64, dim=1)[:, :len(tile)]
-        sums += (by_64 @ tile).sum(0, dtype=sums.dtype)
+        places = (targets - start).clamp(0, len(tile) - 1), n
+        tile[places] = tile[places].masked_fill(places[0] == targets - start, 0)
+        sums += sum_rows(tile, sums.dtype)
     return sums
+
+
+def sum_rows(x, dtype):
+    """x.sum(0, dtype=dtype)."""
+    if x.device.type == "cpu":
+        # Sums of 64 numbers each, as a product; in bfloat16 they are rounded one by one, and the errors cancel out.
+        by_64 = torch.eye(-(-len(x) // 64), dtype=x.dtype).repeat_interleave(64, dim=1)[:, :len(x)]
+        x = by_64 @ x
+    return x.sum(0, dtype=dtype)
 
 
 def minus(x, c):
@@ -221,9 +233,9 @@ def at_least_float32(dtype):
 kept = {}
 
 
-def scratch(shape, dtype):
+def scratch(shape, dtype, device):
     """A tensor of this shape with anything in it, in memory that the next call uses again."""
-    size = torch.Size(shape).numel()
-    if dtype not in kept or len(kept[dtype]) < size:
-        kept[dtype] = torch.empty(size, dtype=dtype)
-    return kept[dtype][:size].view(shape)
+    size, key = torch.Size(shape).numel(), (dtype, device)
+    if key not in kept or len(kept[key]) < size:
+        kept[key] = torch.empty(size, dtype=dtype, device=device)
+    return kept[key][:size].view(shape)

@@ -48,9 +48,10 @@ class RMSNorm(nn.Module):
     def forward(self, x):  # (B, T, C)
         if functions.on_cpu(x):
             return functions.RMSNorm.apply(x, self.weight, self.eps, functions.precision(x))
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(functions.precision(x))
 
 
+@torch.compiler.disable  # once for all layers; the compiler would make it a part of each
 def rope_angles(pos, head_size, base):
     """Cosines and sines for rotary embedding (Su et al., arXiv 2104.09864). pos (..., T) -> two of (..., 1, T, D/2).
 
@@ -185,31 +186,25 @@ class GPT(nn.Module):
         """idx (B, T) token ids -> logits (B, T, V); with targets -> the summed cross-entropy, a scalar, in nats.
 
         targets (B, T): the id that should follow each token, IGNORE where none is asked for. weights (B, T): what its
-        cross-entropy is multiplied by (a policy gradient's rewards), default 1. The head runs only at the supervised
-        positions: at a large vocabulary it is most of the arithmetic and most of the memory. The sum, not the mean:
-        the caller divides by the supervised tokens of its whole optimizer step.
+        cross-entropy is multiplied by (a policy gradient's rewards), default 1. Both may stay on the CPU: then a GPU
+        need not be waited for. The head runs only at the supervised positions: at a large vocabulary it is most of the
+        arithmetic and most of the memory. The sum, not the mean: the caller divides by the supervised tokens of its
+        whole optimizer step.
         """
         if targets is None:
             return self.lm_head(self.hidden(idx))  # (B, T, V)
-        T, supervised = idx.size(1), targets != IGNORE
-        # Behind the last supervised token of a row nothing counts. Rows of unlike length are laid one behind the other.
-        place = torch.arange(T, device=idx.device)
-        last = (supervised * (place + 1)).amax(1, keepdim=True)  # (B, 1)
-        lengths = (-(-last // 16) * 16).clamp(max=T)  # few distinct ones, as each needs new kernels
-        if functions.on_cpu(idx) and 0 < lengths.sum() < 0.9 * idx.numel():
-            used = place < lengths  # (B, T)
-            pos, lengths = place.expand_as(idx)[used], [n for n in lengths[:, 0].tolist() if n]
-            x = self.hidden(idx[used][None], pos[None], lengths=lengths)[0, supervised[used]]  # (N, C)
+        places, ids, weights = pick_supervised(targets, weights, idx.device)
+        if functions.on_cpu(idx) and 0 < (used := used_part(targets)).sum() < 0.9 * idx.numel():
+            # rows of unlike length are laid one behind the other
+            pos, lengths = torch.arange(idx.size(1)).expand_as(idx)[used], [n for n in used.sum(1).tolist() if n]
+            x = self.hidden(idx[used][None], pos[None], lengths=lengths)[0, targets[used] != IGNORE]  # (N, C)
         else:
-            x = self.hidden(idx)[supervised]  # (N, C)
-        targets = targets[supervised]
-        weights = None if weights is None else weights[supervised]
-        if functions.on_cpu(x):
-            factors = self.lm_head.factors(x) if hasattr(self.lm_head, "factors") else (x, self.lm_head.weight)
-            return functions.LinearCrossEntropy.apply(targets, weights, functions.precision(x), *factors)
-        loss = torch.cat([F.cross_entropy(self.lm_head(piece).float(), ids, reduction="none")  # (N,); in pieces: the
-                          for piece, ids in zip(x.split(512), targets.split(512))])            # logits are large
-        return (loss if weights is None else weights * loss).sum()
+            x = self.hidden(idx).flatten(0, 1).index_select(0, places)  # (N, C)
+        if torch.compiler.is_compiling():
+            loss = F.cross_entropy(self.lm_head(x).float(), ids, reduction="none")  # (N,)
+            return (loss if weights is None else weights * loss).sum()
+        factors = self.lm_head.factors(x) if hasattr(self.lm_head, "factors") else (x, self.lm_head.weight)
+        return functions.LinearCrossEntropy.apply(ids, weights, functions.precision(x), *factors)
 
     @torch.inference_mode()
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, eos_id=None, seed=None):
@@ -277,6 +272,28 @@ class GPT(nn.Module):
                 if i is not None:
                     row.append(i)
         return out
+
+
+@torch.compiler.disable  # its shapes depend on the numbers
+def pick_supervised(targets, weights, device):
+    """(B, T) -> the N supervised places in the flattened batch, targets and weights there, each (N,), on `device`."""
+    places = (targets != IGNORE).flatten().nonzero()[:, 0]
+    picked = [places, targets.flatten()[places], None if weights is None else weights.flatten()[places]]
+    return [t if t is None else to_device(t, device) for t in picked]
+
+
+def to_device(x, device):
+    """x on `device`. A GPU that is at work is not waited for."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def used_part(targets):
+    """(B, T) -> (B, T): each row up to its last supervised token; behind it nothing counts."""
+    T = targets.size(1)
+    last = ((targets != IGNORE) * torch.arange(1, T + 1)).amax(1, keepdim=True)  # (B, 1)
+    return torch.arange(T) < -(-last // 16) * 16  # few distinct lengths, as each needs new kernels
 
 
 def sample_next(logits, temperature, top_k, top_p, rng):

@@ -52,13 +52,19 @@ def backward(model, micro_batches, loss_fn, params, precision):
         with precision:
             part, count = loss_fn(model, batch)
         part.backward()
-        loss, n = loss + part.item(), n + count
+        loss, n = loss + part.detach(), n + count  # still on its device: no waiting here
     loss, n = common.sum_over_processes(loss, n)
     common.sum_gradients(params)
-    for p in params:
-        if p.grad is not None:
-            p.grad /= n
+    torch._foreach_div_([p.grad for p in params if p.grad is not None], n)
     return loss / n, n
+
+
+def compile_model(model):
+    """torch.compile it: on a CPU block by block, as all are alike, so that there is one to compile, and as the rest is
+    fast as it is; on a GPU the whole."""
+    on_cpu = model.lm_head.weight.device.type == "cpu"
+    for module in model.model.layers if on_cpu else [model]:
+        module.compile()
 
 
 def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None, warmup=None, decay_rate=1.0,
@@ -87,8 +93,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
     optimizer = optimizer or adamw(model, lr)
     common.keep_freed_memory()
     if compile:
-        for block in model.model.layers:  # one by one: all are alike, so there is one to compile
-            block.compile()
+        compile_model(model)
 
     done, best = 0, None  # optimizer steps made; the best [validation loss, step] so far
     if state:

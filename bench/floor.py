@@ -17,6 +17,7 @@ from bench.turns import tell  # noqa: E402
 from common import command_line, has_bf16, positive  # noqa: E402
 from dataset import collate  # noqa: E402
 from model import GPT, IGNORE, PRESETS  # noqa: E402
+from train_sft import compile_model  # noqa: E402
 
 ADAMW_BYTES = 28  # for each parameter: weight, gradient and two moments are read, all but the gradient written, float32
 
@@ -69,13 +70,12 @@ def product_speed(shapes, dtype):
 def step_speed(model, batches, precision, compile, tokens):
     """-> tokens/s of each of our training steps, the first two left out."""
     if compile:
-        for block in model.model.layers:  # as the loop does
-            block.compile()
+        compile_model(model)
     step = our_step(model, precision)
     rates = []
     for batch in batches:
         start = time.perf_counter()
-        step(batch)
+        step([batch])
         rates.append(tokens(batch) / (time.perf_counter() - start))
     return rates[2:]
 

@@ -38,7 +38,7 @@ def stepper(preset, r, batch, device):
     one_step = our_step(model, "bf16-mixed")
 
     def step():
-        one_step(batch)
+        one_step([batch])
         if device.type == "cuda":
             torch.cuda.synchronize()
     return step, sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -74,11 +74,11 @@ def ours(weights, precision, with_lora):
             p.add_(torch.randn_like(p) * (0.1 if p.dim() == 1 else 0.02))
     save_file({name: p.detach() for name, p in model.named_parameters()}, weights)
     step = our_step(model, precision)
-    return model, lambda rows: step(collate(rows))
+    return model, lambda rows: step([collate(rows)])
 
 
 def our_step(model, precision):
-    """-> step(batch (x, y)) -> mean loss: an optimizer step as `train_sft.train` makes it."""
+    """-> step(micro-batches (x, y)) -> mean loss: an optimizer step as `train_sft.train` makes it."""
     import torch
 
     import common
@@ -89,9 +89,9 @@ def our_step(model, precision):
     optimizer = adamw(model, LR)
     autocast = torch.autocast(params[0].device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
-    def step(batch):
-        loss, _ = backward(model, [batch], next_token_loss, params, autocast)
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
+    def step(micro_batches):
+        loss, _ = backward(model, micro_batches, next_token_loss, params, autocast)
+        torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         optimizer.step()
         optimizer.zero_grad()
         return loss

@@ -68,7 +68,10 @@ def serve(logits, step, items):
 
 
 def peak_memory():
-    """VmHWM of this process in bytes (Linux)."""
+    """VmHWM of this process in bytes (Linux); the memory of tensors on a GPU where one is used."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
@@ -78,10 +81,10 @@ def peak_memory():
 class Side:
     """A process that serves. argv: a script and its flags."""
 
-    def __init__(self, name, *argv):
+    def __init__(self, name, *argv, env=CPU):
         self.name = name
         self.process = subprocess.Popen([sys.executable, *map(str, argv)], stdin=subprocess.PIPE, text=True,
-                                        stdout=subprocess.PIPE, env=os.environ | CPU)
+                                        stdout=subprocess.PIPE, env=os.environ | env)
 
     def ask(self, **request):
         """-> the reply, a dict."""
@@ -146,7 +149,8 @@ def bench_parser(description, works, steps):
     """The flags of a benchmark with these works. steps: what --steps counts and its default."""
     from common import command_line, positive
     parser = command_line(f"{description}; the table goes to stdout.")
-    parser.add_argument("--work", choices=works, nargs="+", default=list(works), help="(default: all)")
+    if works:
+        parser.add_argument("--work", choices=works, nargs="+", default=list(works), help="(default: all)")
     parser.add_argument("--rounds", type=positive(int), default=5, help="(default: %(default)s)")
     parser.add_argument("--steps", type=positive(int), help=steps)
     return parser
