@@ -2,6 +2,7 @@
 
 Read top to bottom. Shapes: B batch, T tokens, C = n_embd, H heads, D = head_size (H * D need not be C), V vocabulary.
 The parameters carry the names that Hugging Face gives a Llama, so that a checkpoint is one of theirs as it stands.
+Texts are written by decoding.py, which computes the same with a cache: what is changed here is changed there, too.
 """
 import argparse
 from dataclasses import dataclass
@@ -80,28 +81,23 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_size, bias=False)
         self.o_proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=False)
 
-    def forward(self, x, rope, cache, mask, lengths):
+    def forward(self, x, rope, lengths):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H_kv, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if cache is not None:  # the keys and values of what came before, with room for these T at the end
-            for kept, new in zip(cache, (k, v)):
-                kept[:, :, -T:] = new
-            k, v = cache  # (B, H_kv, S, D)
         texts = zip(*(t.split(lengths, dim=2) for t in (q, k, v))) if lengths else [(q, k, v)]
-        y = torch.cat([attend(*text, mask) for text in texts], dim=2)
+        y = torch.cat([attend(*text) for text in texts], dim=2)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def attend(q, k, v, mask):
-    """Attention of q (B, H, T, D) to k, v (B, H_kv, S, D) -> (B, H, T, D); causal where there is no mask."""
-    if q.dtype == torch.bfloat16 and functions.on_cpu(q) and torch.is_grad_enabled():
+def attend(q, k, v):
+    """Causal attention of q (B, H, T, D) to k, v (B, H_kv, T, D) -> (B, H, T, D)."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
         groups = q.size(1) // k.size(1)
-        return functions.CausalAttention.apply(q, *(t.repeat_interleave(groups, dim=1) for t in (k, v)))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1,
-                                          enable_gqa=q.size(1) != k.size(1))
+        return functions.causal_attention(q, *(t.repeat_interleave(groups, dim=1) for t in (k, v)))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
 
 
 class MLP(nn.Module):
@@ -125,8 +121,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, cache, mask, lengths):
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask, lengths)
+    def forward(self, x, rope, lengths):
+        x = x + self.self_attn(self.input_layernorm(x), rope, lengths)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -166,11 +162,8 @@ class GPT(nn.Module):
     def num_params(self):
         return sum(p.numel() for p in self.parameters())  # a tied weight is one parameter, listed once
 
-    def hidden(self, idx, pos=None, cache=None, mask=None, lengths=None):
+    def hidden(self, idx, pos=None, lengths=None):
         """idx (B, T) -> what the head reads (B, T, C). pos (B, T): the tokens' places in their texts from 0.
-
-        For cached generation: each layer's (keys, values), (B, H_kv, S, D), whose last T slots are written, and the
-        slots that a token sees, mask (B, 1, T, S), True where it does; None: all up to its own.
         lengths: of the texts that stand one behind the other in each row; a token sees its own text only.
         """
         if pos is None and idx.size(1) > self.config.block_size:
@@ -178,8 +171,8 @@ class GPT(nn.Module):
         pos = torch.arange(idx.size(1), device=idx.device) if pos is None else pos
         rope = rope_angles(pos, self.config.head_size, self.config.rope_base)
         x = self.model.embed_tokens(idx)  # (B, T, C)
-        for i, block in enumerate(self.model.layers):
-            x = block(x, rope, cache[i] if cache else None, mask, lengths)
+        for block in self.model.layers:
+            x = block(x, rope, lengths)
         return self.model.norm(x)
 
     def forward(self, idx, targets=None, weights=None):
@@ -206,73 +199,6 @@ class GPT(nn.Module):
         factors = self.lm_head.factors(x) if hasattr(self.lm_head, "factors") else (x, self.lm_head.weight)
         return functions.LinearCrossEntropy.apply(ids, weights, functions.precision(x), *factors)
 
-    @torch.inference_mode()
-    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, eos_id=None, seed=None):
-        """Continue several prompts at once; after each step yield a list with one new id a prompt.
-
-        prompts: lists of ids, of unequal length if need be. A row ends with eos_id (which is not yielded), after
-        max_new_tokens, or when block_size is full; from then on its entry is None. temperature 0 is argmax; top_k
-        keeps the k likeliest ids, top_p of these the fewest that hold that share of the probability. The same seed
-        gives the same ids. Raises ValueError for a prompt without room and for sampling values out of range.
-        """
-        limit = self.config.block_size
-        if not temperature >= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
-            raise ValueError("sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 1")
-        if not prompts or not all(0 < len(p) <= limit for p in prompts):
-            raise ValueError(f"a prompt must have 1 to {limit} tokens")
-        weight = self.lm_head.weight
-        device = weight.device
-        rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-
-        # Prompts are padded on the left, so that all rows write the same slot of the cache; what pads is never seen.
-        longest = max(map(len, prompts))
-        max_new_tokens = min(max_new_tokens, limit - min(map(len, prompts)))
-        pads = torch.tensor([longest - len(p) for p in prompts], device=device)  # (B,)
-        idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T)
-        slots = torch.arange(longest + max_new_tokens, device=device)
-        pos = (slots[:longest] - pads[:, None]).clamp(min=0)
-        shape = (len(prompts), self.config.n_kv_head, len(slots), self.config.head_size)
-        cache = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.model.layers]
-        seen = mask = None  # (B, 1, 1, S): the slots that are no padding
-        if pads.any():
-            seen = (slots >= pads[:, None])[:, None, None]
-            itself = torch.eye(longest, dtype=torch.bool, device=device)  # what pads sees no other slot
-            mask = (slots[:longest] <= slots[:longest, None]) & seen[..., :longest] | itself  # (B, 1, T, T)
-
-        rows = list(range(len(prompts)))  # the prompts in the batch
-        alive = [i for i in rows if len(prompts[i]) < limit]  # the places in the batch that go on
-        for used in range(longest, len(slots)):  # slots in use
-            x = self.hidden(idx, pos, [(k[:, :, :used], v[:, :, :used]) for k, v in cache], mask)  # (B, T, C)
-            ids = sample_next(self.lm_head(x[:, -1]).float(), temperature, top_k, top_p, rng)  # (B,)
-            new = ids.tolist()
-            alive = [i for i in alive if new[i] != eos_id]
-            if not alive:
-                return
-            out = [None] * len(prompts)
-            for i in alive:
-                out[rows[i]] = new[i]
-            yield out
-            alive = [i for i in alive if len(prompts[rows[i]]) + used + 1 - longest < limit]
-            if not alive:
-                return
-            if len(alive) <= 7 / 8 * len(rows):  # what has ended leaves the batch; seldom, as the cache is copied
-                keep = torch.tensor(alive, dtype=torch.long, device=device)
-                cache = [(k[keep], v[keep]) for k, v in cache]
-                ids, pads, seen = ids[keep], pads[keep], seen if seen is None else seen[keep]
-                rows = [rows[i] for i in alive]
-                alive = list(range(len(rows)))
-            idx, pos = ids[:, None], (used - pads)[:, None]
-            mask = seen if seen is None else seen[..., :used + 1]
-
-    def generate(self, prompts, max_new_tokens, **sampling):
-        """`stream`, collected: a list of new ids a prompt."""
-        out = [[] for _ in prompts]
-        for ids in self.stream(prompts, max_new_tokens, **sampling):
-            for row, i in zip(out, ids):
-                if i is not None:
-                    row.append(i)
-        return out
-
 
 @torch.compiler.disable  # its shapes depend on the numbers
 def pick_supervised(targets, weights, device):
@@ -294,16 +220,6 @@ def used_part(targets):
     T = targets.size(1)
     last = ((targets != IGNORE) * torch.arange(1, T + 1)).amax(1, keepdim=True)  # (B, 1)
     return torch.arange(T) < -(-last // 16) * 16  # few distinct lengths, as each needs new kernels
-
-
-def sample_next(logits, temperature, top_k, top_p, rng):
-    """logits (B, V) -> ids (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    top, index = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), falling
-    probs = F.softmax((top - top[:, :1]) / temperature, dim=-1)  # minus the maximum: no overflow near temperature 0
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # the likeliest always stays
-    return index.gather(-1, torch.multinomial(probs, 1, generator=rng))[:, 0]
 
 
 def main(argv=None):

@@ -19,6 +19,7 @@ from checkpoint import find_model, load_model
 from common import fail, not_negative, number, pick_device, pick_dtype, positive
 from constraints import LIST_KEYS, check, outcomes, parse
 from dataset import encode_prompt
+from decoding import generate, stream
 from records import instruction_of, read_blocks, read_records
 
 # The study's test cases: shown, never trained on.
@@ -75,7 +76,7 @@ def print_story(model, tokenizer, kind, text, max_new_tokens, seed, sampling):
     prompt = encode_request(tokenizer, kind, text, model.config.block_size)
     print("─" * 60)
     print(text, end="" if kind == "prompt" else "\n\n")
-    ids = model.stream([prompt], max_new_tokens, eos_id=tokenizer.eos_id, seed=seed, **sampling)
+    ids = stream(model, [prompt], max_new_tokens, eos_id=tokenizer.eos_id, seed=seed, **sampling)
     story = ""
     for piece in tokenizer.decode_stream(row[0] for row in ids):
         print(piece, end="", flush=True)
@@ -115,7 +116,7 @@ def generate_all(model, prompts, eos_id, seed, sampling, quiet=None):
     with tqdm(total=len(prompts), unit="story", disable=quiet) as bar:
         for start in range(0, len(order), BATCH):
             rows = order[start:start + BATCH]
-            batch = model.generate([prompts[i] for i in rows], eos_id=eos_id, seed=seed + start, **sampling)
+            batch = generate(model, [prompts[i] for i in rows], eos_id=eos_id, seed=seed + start, **sampling)
             for i, ids in zip(rows, batch):
                 continued[i] = ids
             bar.update(len(rows))

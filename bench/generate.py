@@ -76,11 +76,12 @@ def ours(work, folder):
     import sample
     model, eos_id = make_model(work)
     generate_all = getattr(sample, "generate_all", None) or sample.continue_all
+    generate = getattr(sample, "generate", None) or type(model).generate
 
     def write(prompts):
         if work == "many":
             return generate_all(model, prompts, eos_id, 1337, SAMPLING, quiet=True)
-        return model.generate(prompts, NEW, temperature=0)
+        return generate(model, prompts, NEW, temperature=0)
     return torch.no_grad()(lambda ids: model(torch.tensor(ids))), write
 
 

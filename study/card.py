@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import decoding  # noqa: E402
 from checkpoint import find_base, load_model  # noqa: E402
 from common import command_line, fail  # noqa: E402
 from data import books, generate  # noqa: E402
@@ -92,7 +93,7 @@ def main(argv=None):
     again = reading_again(model, tokenizer, stories.get(REAL))
     print("Lines read out a second time, nats per token: "
           + ", ".join(f"{kind} {loss:.2f}" for kind, loss in again.items()) + ".")
-    for ids in model.generate([[tokenizer.eos_id]] * 10, model.config.block_size - 1, eos_id=tokenizer.eos_id,
+    for ids in decoding.generate(model, [[tokenizer.eos_id]] * 10, model.config.block_size - 1, eos_id=tokenizer.eos_id,
                               **SAMPLES):
         print("\n" + "\n".join("> " + (line or "<br>") for line in tokenizer.decode(ids).split("\n")))
 

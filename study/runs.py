@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import decoding
 import lora
 import pretrain
 import train_sft
@@ -308,7 +309,7 @@ class Lab:
             ids = encode_request(tokenizer, kind, text, model.config.block_size)
         except ValueError as e:  # a model of a very short context
             return f"({e})"
-        [story] = model.generate([ids], STORY_TOKENS, eos_id=tokenizer.eos_id, seed=1337, **sampling)
+        [story] = decoding.generate(model, [ids], STORY_TOKENS, eos_id=tokenizer.eos_id, seed=1337, **sampling)
         return tokenizer.decode(story)
 
     def file(self, name, make):

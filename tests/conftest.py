@@ -22,6 +22,14 @@ STORIES = [
 ]
 
 
+# the study's shape (heads * head_size != n_embd), grouped-query attention, an untied head
+GEOMETRIES = {
+    "microstories": {"n_head": 6, "n_kv_head": 6, "head_size": 48, "n_embd": 512, "n_layer": 2},
+    "grouped": {"n_head": 4, "n_kv_head": 2, "rope_base": 5e5},
+    "untied": {"n_head": 4, "n_kv_head": 1, "tie_embeddings": False, "norm_eps": 1e-6},
+}
+
+
 def tiny_config(vocab_size, **changes):
     return GPTConfig(**{"block_size": 128, "vocab_size": vocab_size, "n_layer": 2, "n_head": 2, "n_kv_head": 2,
                         "head_size": 16, "n_embd": 32, "intermediate_size": 48, **changes})

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import common
 import constraints
+import decoding
 import pretrain
 import sample
 import train_sft
@@ -144,7 +145,7 @@ def test_instructions_and_prompts(say, model_dir):
     assert say(*greedy) == say(*greedy, "--seed", "9") and say("--prompt", "小猫", "--temperature", "2") != say(
         "--prompt", "小猫", "--temperature", "2", "--seed", "9")
     model, tok = load_model(model_dir)
-    ids = model.eval().generate([tok.encode("小猫在河边")], 12, temperature=0, eos_id=tok.eos_id)[0]
+    ids = decoding.generate(model.eval(), [tok.encode("小猫在河边")], 12, temperature=0, eos_id=tok.eos_id)[0]
     assert "小猫在河边" + tok.decode(ids) in say(*greedy)  # streamed text == whole decode
 
 

@@ -6,8 +6,8 @@ import pytest
 from conftest import ROOT
 
 # top to bottom, as README lists them
-ORDER = ["functions", "model", "tokenizer", "constraints", "common", "records", "dataset", "lora", "checkpoint",
-         "sample", "figures", "data", "train_sft", "pretrain", "augment", "evaluate"]
+ORDER = ["functions", "model", "decoding", "tokenizer", "constraints", "common", "records", "dataset", "lora",
+         "checkpoint", "sample", "figures", "data", "train_sft", "pretrain", "augment", "evaluate"]
 FILES = [f"{name}.py" for name in ORDER if name != "data"]
 PRODUCT = [*FILES, *(f"data/{path.name}" for path in sorted((ROOT / "data").glob("*.py")))]
 

@@ -3,19 +3,12 @@ from dataclasses import dataclass, fields
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_model, tiny_config
+from conftest import GEOMETRIES, random_model, tiny_config
 
 import checkpoint
 import model as model_file
 from checkpoint import load_model, save_model, save_tokenizer
-from model import GPT, IGNORE, PRESETS, GPTConfig, sample_next
-
-# the study's shape (heads * head_size != n_embd), grouped-query attention, an untied head
-GEOMETRIES = {
-    "microstories": {"n_head": 6, "n_kv_head": 6, "head_size": 48, "n_embd": 512, "n_layer": 2},
-    "grouped": {"n_head": 4, "n_kv_head": 2, "rope_base": 5e5},
-    "untied": {"n_head": 4, "n_kv_head": 1, "tie_embeddings": False, "norm_eps": 1e-6},
-}
+from model import GPT, IGNORE, PRESETS, GPTConfig
 
 
 def test_presets_have_the_stated_size(capsys):
@@ -64,82 +57,9 @@ def test_every_field_of_the_config_survives_also_one_that_adds_no_weight(changes
     assert load_model(tmp_path)[0].config == config
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
-def test_cached_and_batched_generation_equal_the_plain_one(name):
-    model = random_model(tiny_config(300, **GEOMETRIES[name]))
-    rng = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(0, 300, (n,), generator=rng).tolist() for n in (5, 31, 1, 17)]
-
-    def plain(prompt):  # the whole text again for every token
-        ids = list(prompt)
-        for _ in range(30):
-            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-        return ids[len(prompt):]
-
-    with torch.no_grad():
-        expected = [plain(p) for p in prompts]
-    assert len({i for row in expected for i in row}) > 4  # it does not just repeat one token
-    assert model.generate(prompts, 30, temperature=0) == expected
-    assert [model.generate([p], 30, temperature=0)[0] for p in prompts] == expected
-
-
-def test_golden_greedy_string(tok):
-    model = random_model(tiny_config(tok.vocab_size, tie_embeddings=False), seed=23, scale=0.3)
-    [ids] = model.generate([tok.encode("小猫在河边")], 9, temperature=0)
-    assert tok.decode(ids) == GOLDEN
-
-
-GOLDEN = "!你的苹你不是果还{你的苹在树小猫在"
-
-
-def test_rows_end_at_eos_and_at_block_size():
-    model = random_model(tiny_config(300, block_size=40))
-    [free] = model.generate([[7, 8, 9]], 30, temperature=0)
-    eos = free[10]
-    first = free.index(eos)
-    rows = model.generate([[7, 8, 9], [1, 2], [5] * 39, [5] * 40], 60, temperature=0, eos_id=eos)
-    assert rows[0] == free[:first]  # EOS itself is not part of the text
-    assert [len(rows[2]), len(rows[3])] == [1, 0]
-    assert len(rows[1]) <= 38
-    steps = list(model.stream([[7, 8, 9], [5] * 39], 60, temperature=0, eos_id=eos))
-    assert all(row[1] is None for row in steps[1:])  # an ended row stays ended
-
-
-def test_sampling_is_seeded_and_its_filters_hold():
-    model = random_model(tiny_config(300))
-    same = [model.generate([[1, 2], [3]], 20, temperature=1.0, seed=5) for _ in range(2)]
-    assert same[0] == same[1] != model.generate([[1, 2], [3]], 20, temperature=1.0, seed=6)
-
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    rng = torch.Generator().manual_seed(0)
-
-    def drawn(**changes):
-        settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0, **changes}
-        ids = sample_next(logits.expand(4000, -1), settings["temperature"], settings["top_k"], settings["top_p"], rng)
-        return torch.bincount(ids, minlength=4) / 4000
-
-    torch.testing.assert_close(drawn(), logits.exp(), atol=0.03, rtol=0)
-    assert drawn(top_k=2)[2:].sum() == 0 and drawn(top_k=2)[1] > 0.3
-    assert drawn(top_p=0.6)[2:].sum() == 0 and drawn(top_p=0.6)[1] > 0.3  # the fewest that reach 0.6: two
-    assert drawn(top_p=0.5)[1:].sum() == 0  # the likeliest alone reaches 0.5
-    assert drawn(top_p=1e-9)[0] == 1 == drawn(temperature=0)[0] == drawn(temperature=1e-30)[0]
-    assert drawn(temperature=100)[3] > 0.2 and drawn(top_k=1000)[3] > 0.02
-
-
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},
-                                 {"top_k": 0}])
-def test_sampling_values_out_of_range_are_refused(bad):
+def test_a_text_longer_than_the_context_is_refused():
     with pytest.raises(ValueError):
-        random_model(tiny_config(300)).generate([[1]], 3, **bad)
-
-
-def test_prompts_without_room_are_refused():
-    model = random_model(tiny_config(300))
-    for prompts in ([], [[]], [[1] * 129]):
-        with pytest.raises(ValueError):
-            model.generate(prompts, 3)
-    with pytest.raises(ValueError):
-        model(torch.zeros(1, 129, dtype=torch.long))
+        random_model(tiny_config(300))(torch.zeros(1, 129, dtype=torch.long))
 
 
 def test_the_head_at_supervised_positions_gives_the_full_loss_and_gradients():
