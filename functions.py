@@ -5,6 +5,8 @@ Memory is what a small model waits for. So these read their tensors as few times
 and bfloat16 in passes of their own (an operation on both at once is slower than two), work on pieces that fit into the
 processor's caches, and use large memory again instead of allocating it, as fresh memory is mapped page by page.
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import Function, once_differentiable
@@ -21,6 +23,14 @@ def on_cpu(x):
 def sizes(device):
     """CACHE and BUFFER, for a CPU. A GPU likes large pieces."""
     return (CACHE, BUFFER) if device.type == "cpu" else (2 ** 62, 2 * BUFFER)
+
+
+def uncompiled(function):
+    """A function that torch.compile leaves alone. Its own way to say so, a decorator, takes a second to import."""
+    @functools.wraps(function)
+    def run(*args):
+        return torch.compiler.disable(function)(*args) if torch.compiler.is_compiling() else function(*args)
+    return run
 
 
 def precision(x):
@@ -119,7 +129,7 @@ class CausalAttention(Function):
         return dq.mul_(D ** -0.5), dk, dv
 
 
-causal_attention = torch.compiler.disable(CausalAttention.apply)  # the faster one in compiled code, too
+causal_attention = uncompiled(CausalAttention.apply)  # compiled code, too, is faster with it
 
 
 class LinearCrossEntropy(Function):

@@ -52,7 +52,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(functions.precision(x))
 
 
-@torch.compiler.disable  # once for all layers; the compiler would make it a part of each
+@functions.uncompiled  # once for all layers; the compiler would make it a part of each
 def rope_angles(pos, head_size, base):
     """Cosines and sines for rotary embedding (Su et al., arXiv 2104.09864). pos (..., T) -> two of (..., 1, T, D/2).
 
@@ -200,7 +200,7 @@ class GPT(nn.Module):
         return functions.LinearCrossEntropy.apply(ids, weights, functions.precision(x), *factors)
 
 
-@torch.compiler.disable  # its shapes depend on the numbers
+@functions.uncompiled  # its shapes depend on the numbers
 def pick_supervised(targets, weights, device):
     """(B, T) -> the N supervised places in the flattened batch, targets and weights there, each (N,), on `device`."""
     places = (targets != IGNORE).flatten().nonzero()[:, 0]
