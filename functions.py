@@ -1,5 +1,5 @@
 """What PyTorch does slowly on a CPU, done faster: functions with a backward pass of their own, in place of plain lines
-of model.py and equal to them but for rounding.
+of model.py and equal to them but for rounding. Head and loss in one serve a GPU, too.
 
 Memory is what a small model waits for. So these read their tensors as few times as they can, convert between float32
 and bfloat16 in passes of their own (an operation on both at once is slower than two), work on pieces that fit into the
@@ -192,7 +192,7 @@ class LinearCrossEntropy(Function):
         if grads is None:
             raise RuntimeError("this loss has been differentiated already, and keeps no gradients for a second time")
         for grad in grads:
-            if grad is not None and dloss != 1:
+            if grad is not None and (dloss.device.type != "cpu" or dloss != 1):  # to look would be to wait for a GPU
                 grad *= dloss
         return None, None, None, *grads
 

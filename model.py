@@ -65,7 +65,7 @@ def rope_angles(pos, head_size, base):
 
 def apply_rope(x, cos, sin):
     """Rotate the pairs (x[i], x[i + D/2]), the rotate-half layout. x: (B, H, T, D)."""
-    if functions.on_cpu(x) and torch.is_grad_enabled():
+    if functions.on_cpu(x):
         return functions.Rotate.apply(x, cos, sin)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
 def attend(q, k, v):
     """Causal attention of q (B, H, T, D) to k, v (B, H_kv, T, D) -> (B, H, T, D)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         groups = q.size(1) // k.size(1)
         return functions.causal_attention(q, *(t.repeat_interleave(groups, dim=1) for t in (k, v)))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
