@@ -1,6 +1,6 @@
 """The instructions that a model is judged by (evaluate.py): rows {"constraints", "story" or None, "rivals"}.
 
-Handwritten ones, whose words and sentences no built-in story has; those of generated stories that are held out; or a
+Handwritten ones, whose sentences and summaries no built-in text has; those of generated stories that are held out; or a
 user's own file, read strictly, since a constraint that is misread is one that is never met.
 """
 import random
