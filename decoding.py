@@ -61,10 +61,11 @@ class Decoder:
 
 
 def weights(*linears):
-    """The weights of Linears that read the same, side by side: (in, all their outs). An adapter's are added."""
+    """The weights of Linears that read the same, side by side, a copy: (in, all their outs), laid out so that the outs
+    of one input are neighbours, which is read faster. An adapter's are added."""
     parts = [(linear.weight + linear.delta()).to(linear.weight.dtype) if hasattr(linear, "delta") else linear.weight
              for linear in linears]
-    return (torch.cat(parts) if len(parts) > 1 else parts[0]).T
+    return torch.cat(parts).T.contiguous()
 
 
 def norm_factors(norm):
