@@ -56,8 +56,11 @@ class Decoder:
         return torch.mm(normed(x.view(B, T, -1)[:, -1], self.norm), self.head)
 
     def keep(self, rows):
-        """Go on with these rows (a tensor of their places) alone."""
-        self.cache = self.cache[:, rows]
+        """Go on with these rows (a rising list) alone."""
+        for new, old in enumerate(rows):
+            if new != old:
+                self.cache[:, new, :, :self.used] = self.cache[:, old, :, :self.used]
+        self.cache = self.cache[:, :len(rows)]
 
 
 def weights(*linears):
@@ -128,8 +131,8 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.
         if not alive:
             return
         if len(alive) <= 7 / 8 * len(rows):  # what has ended leaves the batch; seldom, as the cache is copied
-            keep = torch.tensor(alive, dtype=torch.long, device=device)
-            decoder.keep(keep)
+            decoder.keep(alive)
+            keep = torch.tensor(alive, device=device)
             ids, pads, seen = ids[keep], pads[keep], seen if seen is None else seen[keep]
             rows = [rows[i] for i in alive]
             alive = list(range(len(rows)))
