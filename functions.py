@@ -179,7 +179,8 @@ class LinearCrossEntropy(Function):
                     dx[start:start + rows] = (w.T @ dz).T * scale
                 if dw is not None:
                     scaled = (x_ * scale).to(dtype)
-                    for dw_, dz_ in zip(dw.split(max(1, cache // (4 * C))), dz.split(max(1, cache // (4 * C)))):
+                    size = max(1, cache // (4 * C))
+                    for dw_, dz_ in zip(dw.split(size), dz.split(size)):
                         add_product(dw_, dz_, scaled, first=start == 0)
         ctx.grads = [grad if grad is None else grad[:len(factor)]
                      for factor, grad in zip(factors, (grad for pair in zip(dxs, dws) for grad in pair))]

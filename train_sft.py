@@ -55,7 +55,9 @@ def backward(model, micro_batches, loss_fn, params, precision):
         loss, n = loss + part.detach(), n + count  # still on its device: no waiting here
     loss, n = common.sum_over_processes(loss, n)
     common.sum_gradients(params)
-    torch._foreach_div_([p.grad for p in params if p.grad is not None], n)
+    for p in params:
+        if p.grad is not None:
+            p.grad /= n
     return loss / n, n
 
 

@@ -115,6 +115,16 @@ def compare_logits(sides, ids, tolerances, folder):
             raise SystemExit(f"{side.name} computes other logits: {worst:.1e} apart, {allowed:.0e} allowed")
 
 
+def compare_losses(sides):
+    """Refuse to go on unless all sides find the loss of the first in their first step."""
+    first = {side.name: side.ask(steps=1)["result"] for side in sides}
+    tell("  loss of the first step: " + ", ".join(f"{name} {loss:.4f}" for name, loss in first.items()))
+    own = first[sides[0].name]
+    for name, loss in first.items():  # bfloat16 rounds logits to 3 digits
+        if not abs(loss / own - 1) < 3e-3:
+            raise SystemExit(f"{name} has another loss: {loss:.4f}, not {own:.4f}")
+
+
 def take_turns(sides, rounds, steps):
     """-> {side: [tokens/s of each round]}, {side: peak memory in bytes}. Every other round goes backwards."""
     rates, peaks = {side.name: [] for side in sides}, {}

@@ -94,7 +94,7 @@ def main(argv=None):
     print("Lines read out a second time, nats per token: "
           + ", ".join(f"{kind} {loss:.2f}" for kind, loss in again.items()) + ".")
     for ids in decoding.generate(model, [[tokenizer.eos_id]] * 10, model.config.block_size - 1, eos_id=tokenizer.eos_id,
-                              **SAMPLES):
+                                 **SAMPLES):
         print("\n" + "\n".join("> " + (line or "<br>") for line in tokenizer.decode(ids).split("\n")))
 
 
