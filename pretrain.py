@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import tokenizer as tokenizers
@@ -20,7 +21,7 @@ from data import builtin, generate
 from dataset import PROMPT, TokenBatches
 from model import GPT, PRESETS
 from records import read_stories, split_by_story
-from train_sft import check_out, data_files, parse, run, set_block_size, start, training_parser
+from train_sft import adamw, check_out, data_files, parse, run, set_block_size, start, training_parser
 
 # What differs from fine-tuning's defaults. small: those of the base that ships.
 SETTINGS = {
@@ -29,6 +30,7 @@ SETTINGS = {
                      "epochs": 1.0, "vocab_size": 65024},
 }
 BUILTIN_TOKENIZER = 12_000  # texts that the built-in corpus's tokenizer is trained on
+MUON_LR, MUON_DECAY = 20, 0.3  # of Muon, in those of AdamW
 VAL_WINDOWS = 48  # of block_size tokens: enough to see the loss fall, and no time lost
 
 
@@ -37,11 +39,45 @@ def parse_args(argv=None):
     parser.add_argument("--preset", choices=PRESETS, default="small",
                         help="geometry and settings of a new model (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.model to use (default: train one on --data)")
-    parser.add_argument("--vocab-size", type=positive(int), default=4096,
+    parser.add_argument("--vocab-size", type=positive(int), default=6144,
                         help="pieces of a newly trained tokenizer (default: %(default)s)")
     parser.set_defaults(out=Path("out/base"), val_fraction=0.01, **SETTINGS["small"])
     parser.set_defaults(**SETTINGS[parser.parse_known_args(argv)[0].preset])
     return parse(parser, argv, fixed=("init", "preset", "tokenizer", "vocab_size"))
+
+
+class MuonAdamW:
+    """Muon (Jordan et al. 2024) for the matrices of the layers and AdamW for the rest, as one optimizer.
+
+    An update of Muon is an orthogonal matrix, whatever the size of the gradient, so its learning rate is another one:
+    MUON_LR times AdamW's.
+    """
+
+    def __init__(self, model, lr, weight_decay, betas):
+        matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+        others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+        muon = torch.optim.Muon([{"params": matrices, "lr_scale": MUON_LR}], lr=lr * MUON_LR,
+                                weight_decay=weight_decay * MUON_DECAY)
+        self.parts = [adamw(model, lr, weight_decay, betas, params=others), muon]
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self):
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states):
+        for part, state in zip(self.parts, states):
+            part.load_state_dict(state)
 
 
 def load_stories(args):
@@ -61,7 +97,7 @@ def train_tokenizer(texts, vocab_size, of_grammar=False):
     of_grammar: the stories are the built-in ones, whose words are known."""
     fixed = [*PROMPT.format("").split(), *KEYS] * (1 + len(texts) // 10)
     if of_grammar:
-        texts = generate.segments(texts[-BUILTIN_TOKENIZER:], generate.load()[1])
+        texts = generate.segments(texts[-BUILTIN_TOKENIZER:])
     return tokenizers.train(fixed + texts, vocab_size)
 
 
@@ -144,7 +180,8 @@ def main(argv=None):
                                        args.seed).validation(VAL_WINDOWS)
     except (ValueError, OSError) as e:
         fail(e)
-    run(args, model, batches, val_batches, lambda directory: save_model(directory, model, tokenizer), state)
+    run(args, model, batches, val_batches, lambda directory: save_model(directory, model, tokenizer), state,
+        MuonAdamW)
 
 
 if __name__ == "__main__":

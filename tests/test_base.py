@@ -34,7 +34,7 @@ def test_it_is_small_and_loads(corpus):
     assert find_base() == BASE
     assert sum(p.stat().st_size for p in BASE.iterdir() if p.is_file()) <= 16e6
     model, tokenizer = load_model(BASE)
-    assert gpt_config(BASE / "config.json") == PRESETS["small"] and model.num_params() == 6_163_712
+    assert gpt_config(BASE / "config.json") == PRESETS["small"] and model.num_params() == 6_688_000
     assert str(model.lm_head.weight.dtype) == "torch.bfloat16"
     text = next(islice(books.texts(1000, corpus["seed"]), 7, None))
     assert tokenizer.decode(tokenizer.encode(text)) == text
