@@ -6,6 +6,7 @@ the settings of a base model. `--preset microstories` has the study's: 44M param
 """
 import hashlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 import tokenizer as tokenizers
 from checkpoint import fits, load_last, load_model, save_model
-from common import fail, positive, rank, wait_for_all, world
+from common import fail, has_bf16, positive, rank, wait_for_all, world
 from constraints import KEYS
 from data import builtin, generate
 from dataset import PROMPT, TokenBatches
@@ -25,12 +26,12 @@ from train_sft import adamw, check_out, data_files, parse, run, set_block_size, 
 
 # What differs from fine-tuning's defaults. small: those of the base that ships.
 SETTINGS = {
-    "small": {"lr": 2e-3, "batch_size": 4, "weight_decay": 0.1, "warmup": 200, "epochs": 1.0},
+    "small": {"lr": 2e-3, "batch_size": 16, "weight_decay": 0.1, "warmup": 200, "epochs": 1.0},
     "microstories": {"lr": 5e-4, "batch_size": 32, "grad_accum": 16, "weight_decay": 0.1, "warmup": 1000,
                      "epochs": 1.0, "vocab_size": 65024},
 }
 BUILTIN_TOKENIZER = 12_000  # texts that the built-in corpus's tokenizer is trained on
-MUON_LR, MUON_DECAY = 20, 0.3  # of Muon, in those of AdamW
+MUON_LR, MUON_DECAY = 20, 0.3  # Muon's learning rate and weight decay, as multiples of AdamW's
 VAL_WINDOWS = 48  # of block_size tokens: enough to see the loss fall, and no time lost
 
 
@@ -49,13 +50,14 @@ def parse_args(argv=None):
 class MuonAdamW:
     """Muon (Jordan et al. 2024) for the matrices of the layers and AdamW for the rest, as one optimizer.
 
-    An update of Muon is an orthogonal matrix, whatever the size of the gradient, so its learning rate is another one:
-    MUON_LR times AdamW's.
+    Muon's update is nearly orthogonal whatever the gradient's size, so it needs its own learning rate: MUON_LR times
+    AdamW's. --beta1 and --beta2 are AdamW's.
     """
 
     def __init__(self, model, lr, weight_decay, betas):
         matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
-        others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+        chosen = set(map(id, matrices))
+        others = [p for p in model.parameters() if id(p) not in chosen]
         muon = torch.optim.Muon([{"params": matrices, "lr_scale": MUON_LR}], lr=lr * MUON_LR,
                                 weight_decay=weight_decay * MUON_DECAY)
         self.parts = [adamw(model, lr, weight_decay, betas, params=others), muon]
@@ -76,8 +78,18 @@ class MuonAdamW:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states):
+        if not isinstance(states, list) or len(states) != len(self.parts):
+            raise ValueError("the run was begun with another optimizer")
         for part, state in zip(self.parts, states):
             part.load_state_dict(state)
+
+
+def optimizer_for(model, lr, weight_decay, betas):
+    """MuonAdamW; AdamW where bfloat16 is emulated, in which torch's Muon always works: it would take seconds a step."""
+    if has_bf16(model.lm_head.weight.device):
+        return MuonAdamW(model, lr, weight_decay, betas)
+    print("notice: this device has no bfloat16: AdamW instead of Muon", file=sys.stderr)
+    return adamw(model, lr, weight_decay, betas)
 
 
 def load_stories(args):
@@ -181,7 +193,7 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         fail(e)
     run(args, model, batches, val_batches, lambda directory: save_model(directory, model, tokenizer), state,
-        MuonAdamW)
+        optimizer_for)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def get_lr(step, total, warmup, lr, min_lr, decay_rate=1.0):
 
 def adamw(model, lr=5e-4, weight_decay=0.0, betas=(0.9, 0.95), cls=torch.optim.AdamW, params=None):
     """AdamW (or another class with its arguments) over these parameters, by default all that require gradients."""
-    params = params or [p for p in model.parameters() if p.requires_grad]
+    params = [p for p in model.parameters() if p.requires_grad] if params is None else params
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]  # no decay on norm gains
     return cls(groups, lr=lr, betas=betas, fused=params[0].device.type in ("cpu", "cuda", "mps", "xpu"))
@@ -311,6 +311,8 @@ def run(args, model, batches, val_batches, save, state=None, make_optimizer=adam
               optimizer=make_optimizer(model, args.lr, args.weight_decay, (args.beta1, args.beta2)), state=state)
     except FloatingPointError as e:
         raise SystemExit(f"error: {e}" if rank() == 0 else 1) from None
+    except ValueError as e:  # the optimizer's: its saved state is another one's
+        fail(f"--resume: {args.out}: {e}")
     except OSError as e:
         last = args.out / "last"
         fail(f"{args.out}: {e}" + (f"; {last} holds the last good save" if last.exists() else ""))

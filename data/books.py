@@ -25,6 +25,7 @@ from data import generate, language  # noqa: E402
 # probabilities
 AUTHORED, SHORT = 0.05, 0.35                # texts that are authored stories; of the others, those of scenes alone
 NAMED = {WORDS: 0.65, SENTENCE: 0.45, SUMMARY: 0.3}     # what stands before or behind a text
+FIELD = {WORDS: "words", SENTENCE: "sentence", SUMMARY: "summary"}  # of a story record, and of books.toml
 TITLE, BEFORE, ELSEWHERE, SECOND = 0.3, 0.75, 0.1, 0.12
 STRANGE = {"authored": 0.3, "words": 0.1, "characters": 0.2}    # sentences of scenes that no grammar makes
 EXERCISED = 2000    # stories whose sentences are read out in exercises
@@ -43,19 +44,20 @@ def load():
     return language.load(), forms
 
 
-def around(text, labels, title, world, forms, rng):
-    """The text with lines before and behind it that name what is in it. labels: {key: value} of what may be named."""
+def around(text, labels, title, world, forms, rng, second=""):
+    """The text with lines before and behind it that name what is in it, and what is not. labels: {key: value} of what is
+    named; second: a story that comes after it."""
     before, behind = [], []
     if title and rng.random() < TITLE:
         before.append(rng.choice(forms["title"]).format(n=rng.choice("一二三四五六七八九"), **title))
     for key in rng.sample(list(labels), len(labels)):
         value = labels[key]
-        name = {WORDS: "words", SENTENCE: "sentence", SUMMARY: "summary"}[key]
+        name = FIELD[key]
         value = rng.choice("、， ").join(value) if key == WORDS else value
         (before if rng.random() < BEFORE else behind).append(rng.choice(forms[name]).format(**{name: value}))
     if rng.random() < ELSEWHERE:
         absent = [entry["word"] for entry in generate.asked_words(world, rng, rng.randint(1, 4))]
-        absent = [word for word in absent if word not in text]
+        absent = [word for word in absent if word not in text + second]
         if absent:
             before.insert(rng.randint(0, len(before)), rng.choice(forms["elsewhere"]).format(words="、".join(absent)))
     return "\n".join(before + [text] + behind)
@@ -68,11 +70,11 @@ def story(world, forms, rng):
     record, source = generate.compose(world, rng, named)
     values = source["values"]
     title = {"hero": values["hero"], "full": values["hero.full"], "thing": values[source["plot"]["central"]]}
-    text = around(record["text"], record["asked"], title, world, forms, rng)
+    second = ""
     if rng.random() < SECOND:
-        second, _ = generate.compose(world, rng, like=source)
-        text += "\n\n" + rng.choice(forms["next_story"]) + second["text"]
-    return text
+        other, _ = generate.compose(world, rng, like=source)
+        second = "\n\n" + rng.choice(forms["next_story"]) + other["text"]
+    return around(record["text"], record["asked"], title, world, forms, rng, second) + second
 
 
 def strange_sentence(world, rng):
@@ -117,8 +119,7 @@ def texts(n, seed):
         if rng.random() < AUTHORED:
             record = authored[turn % len(authored)]
             turn += 1
-            labels = {key: record[name] for key, name in ((WORDS, "words"), (SENTENCE, "sentence"), (SUMMARY, "summary"))
-                      if rng.random() < NAMED[key]}
+            labels = {key: record[name] for key, name in FIELD.items() if rng.random() < NAMED[key]}
             text = around(record["text"], labels, None, world, forms, rng)
         else:
             own = random.Random(f"{seed}-{i}")
@@ -158,10 +159,11 @@ def main(argv=None):
         check_writable(Path(args.out).parent)
         written = tqdm((exercises if args.exercises else texts)(args.n, args.seed), total=args.n, unit="text",
                        disable=None)
-        write_jsonl(args.out, ({"text": text} for text in written))
+        texts_written = [{"text": text} for text in written]
+        write_jsonl(args.out, texts_written)
     except (ValueError, OSError) as e:
         fail(e)
-    print(f"{args.n} texts -> {args.out}")
+    print(f"{len(texts_written)} texts -> {args.out}")
 
 
 if __name__ == "__main__":

@@ -30,21 +30,23 @@ from constraints import FEATURE, FEATURES, KEYS, SENTENCE, SUMMARY, WORDS, fold,
 from data.language import ANY, LANGUAGE, Slot, load  # noqa: E402
 
 VERSION = 3                     # of what is written: another number when the same seed gives other stories
-STORY_CHARS = {"open": (40, 380), "closed": (120, 430)}
+STORY_CHARS = {"short": (40, 380), "long": (120, 430)}   # by `length` of the plot
+LEAST_RECURRENCE = {"short": 2, "long": 3}
 SUMMARY_CHARS = 8, 60
 SENTENCE_CHARS = 5, 30          # of the sentence that serves as 随机句子
 TALK = 0.64                     # share of stories that may use phrasings with speech in them
 OPEN_PLOTS = 0.7                # share of stories that have an open plot
-HELD_OUT = 22                   # one in so many words of the open classes stands in no training story's slots or labels
 LEAK = 8                        # characters in a row of what models are judged by that no training text has
 FRONT = 0.85                    # share of asked things that come at the first place that suits them
 ASKED_WORDS = 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5
 FREE_SENTENCE = 0.8             # share of asked sentences that are of sentences.toml, not of the plot
 AUTHORED_SENTENCE = 0.15        # of these: sentences of authored stories
-OWN_WORDS = {"open": 0.2, "closed": 0.6}    # share of stories whose 词汇 has words that the plot's slots drew, too
+OWN_WORDS = {"short": 0.2, "long": 0.6}     # share of stories whose 词汇 has words that the plot's slots drew, too
 PLOTS_SEEN, SCENES_SEEN = 5, 4  # of so many the one with room for most of the asked words
 ANY_SCENE = 0.08                # share of scenes that would suit any word, where its class has its own
 AFFINITY, FAVOURITES = 0.8, 3   # see `prefer`
+LISTED_NAMES = 0.7              # share of names that are of the lexicon, where nothing is asked
+MAIN_CHARACTERS = "hero", "pal", "friend"
 TRIES = 1000                    # drawn anew until length and recurrence are right
 CLASSES = {  # what is asked for, by class: relative frequencies
     "东西": 16, "吃的": 9, "动物": 10, "植物": 6, "地方": 11, "人物": 6, "大件": 5, "车船": 3, "喝的": 3, "天上": 5, "材料": 3,
@@ -60,21 +62,17 @@ FIRST, SECOND = NAME_CHARS
 # what is asked
 
 @functools.cache
-def held_out_words(folder=LANGUAGE):
+def held_out_words():
     """The words of the open classes that no training story has in a slot or a label, and that models are judged by."""
-    lexicon = load(folder)["lexicon"]
-    closed = {word for table in lexicon.values() if "entries" in table and not table["open"] for word in table["by_word"]}
-    labelled = {word for record in authored() for word in record["words"]}
-    return frozenset(word for table in lexicon.values() if table.get("open") for word in table["by_word"]
-                     if zlib.crc32(word.encode()) % HELD_OUT == 0 and word not in closed | labelled)
+    return frozenset(entry["word"] for table in load()["lexicon"].values() for entry in table.get("held_out", ()))
 
 
 @functools.cache
-def trained_words(folder=LANGUAGE):
+def trained_words():
     """All words that labels of training stories may have."""
-    plots = load(folder)["plots"]
-    words = {word for plot in plots for table in plot["lexicon"].values() if table.get("pos") for word in table["by_word"]}
-    return frozenset((words | {word for record in authored() for word in record["words"]}) - held_out_words(folder))
+    words = {entry["word"] for plot in load()["plots"] for table in plot["lexicon"].values() if table.get("pos")
+             for entry in table["entries"]}
+    return frozenset(words | {word for record in authored() for word in record["words"]})
 
 
 @functools.cache
@@ -90,23 +88,18 @@ def leaks(text):
 
 
 def draw_entry(table, rng, held_out=False):
-    """An entry of a class; of an open one, whose common words come first, more often a common one. held_out: which
-    side of the words it is from."""
-    entries = table["entries"]
-    if not table["open"]:
-        return rng.choice(entries)
-    secret = held_out_words()
-    while True:
-        entry = entries[int(len(entries) * rng.random() ** 1.5)]
-        if (entry["word"] in secret) == held_out:
-            return entry
+    """An entry of a class. Open classes list common words first, and these are drawn more often. held_out: draw a
+    held-out word, else a training word."""
+    entries = table["held_out" if held_out else "entries"]
+    return entries[int(len(entries) * rng.random() ** 1.5)] if table["open"] else rng.choice(entries)
 
 
 def asked_words(world, rng, n, held_out=False):
     """n entries of words to ask for, none of which contains another."""
     words = []
+    classes = {name: share for name, share in CLASSES.items() if not held_out or world["lexicon"][name]["held_out"]}
     while len(words) < n:
-        name, = rng.choices(list(CLASSES), CLASSES.values())
+        name, = rng.choices(list(classes), classes.values())
         entry = draw_entry(world["lexicon"][name], rng, held_out)
         if not clashes(entry["word"], [other["word"] for other in words]):
             words.append(entry)
@@ -114,13 +107,13 @@ def asked_words(world, rng, n, held_out=False):
 
 
 def clashes(word, others):
-    """Is one of two words of a story inside the other? Labels and counts would lie. A word of one character may be
-    anywhere, but not twice."""
+    """Is the word equal to, inside, or around one of the others? Labels and counts could then be wrong. A word of one
+    character may be part of a longer one."""
     return any(word == other or min(len(word), len(other)) > 1 and (word in other or other in word) for other in others)
 
 
 @functools.cache
-def authored_sentences(folder=LANGUAGE):
+def authored_sentences():
     """Sentences of authored training stories that can stand in any story."""
     return [s for record in authored("train") for s in sentences(record["text"])
             if 8 <= len(s) <= 28 and not re.search("[“”他她它你我]", s) and not leaks(s)]
@@ -141,9 +134,8 @@ def free_sentence(world, rng, held_out=False):
 # words into phrasings
 
 def prefer(rng, options, key, what):
-    """One of the options, most often one of the few that go with `key`, the first character that is asked for. Without
-    such leanings all stories would begin alike: where nothing tells one hero from another one, a low temperature always
-    takes the same."""
+    """One of the options, usually one of the few tied to `key`, the first character asked for. Without this, all stories
+    would begin alike at a low temperature: nothing else favours one hero over another."""
     if key and rng.random() < AFFINITY:
         return options[zlib.crc32(f"{key} {what} {rng.randrange(FAVOURITES)}".encode()) % len(options)]
     return rng.choice(options)
@@ -167,9 +159,20 @@ def slots_in(parts):
     return {part.partition(".")[0] for part in parts if isinstance(part, Slot)}
 
 
-def made_up_name(rng):
-    first, second = rng.choice(FIRST), rng.choice(SECOND)
-    return rng.choice((first + second, second * 2))
+@functools.cache
+def all_words():
+    return frozenset(word for table in load()["lexicon"].values() for word in table.get("by_word", ()))
+
+
+def draw_name(names, rng, key, what):
+    """A name of the list `names`, or a made-up one: 小葵, 乐乐, 阿宁. No word passes for a name."""
+    if key or rng.random() < LISTED_NAMES:
+        return prefer(rng, names, key, what)["word"]
+    while True:
+        first, second = rng.choice(FIRST), rng.choice(SECOND)
+        name = rng.choice((first + second, second * 2))
+        if name not in all_words():
+            return name
 
 
 class Crowded(ValueError):
@@ -177,7 +180,7 @@ class Crowded(ValueError):
 
 
 def suits(table, entry):
-    """Can this asked word stand in a slot of the table? One whose characters have names asks for no word."""
+    """Can this asked word fill a slot of the table? Never where the characters have names."""
     return not table["names"] and entry["word"] in table["by_word"]
 
 
@@ -188,7 +191,7 @@ def draw(world, slots, rng, words=(), key="", taken=(), like=()):
     words: entries, each of which takes the first slot that it suits. key: of `prefer`. taken: words that the story has
     already. like: what was drawn for another story; a slot takes its word from there wherever the class is the same.
     """
-    values, parts_of_speech, used, pronouns, drawn = {}, {}, list(taken), [], []
+    values, parts_of_speech, used, pronouns, drawn = {}, {}, list(taken), {}, []
     waiting = list(words)
     for slot, tables in slots.items():
         character = any(table["names"] for table in tables)
@@ -203,12 +206,8 @@ def draw(world, slots, rng, words=(), key="", taken=(), like=()):
                 leaning = key if character and i < 10 else ""
                 table = prefer(rng, tables, leaning, slot + " table")
                 entry = prefer(rng, table["entries"], leaning, slot) if leaning else draw_entry(table, rng)
-                name = None
-                if table["names"]:
-                    name = (prefer(rng, world["lexicon"][table["names"]]["entries"], leaning, slot + " name")["word"]
-                            if leaning or rng.random() < 0.7 else made_up_name(rng))
-                if entry["word"] in held_out_words():
-                    continue
+                name = table["names"] and draw_name(world["lexicon"][table["names"]]["entries"], rng, leaning,
+                                                    slot + " name")
             new = [entry["word"]] + [name] * bool(name)
             others = [other["word"] for other in waiting if other["word"] != entry["word"]]
             if not any(clashes(word, used + others) for word in new):
@@ -219,7 +218,7 @@ def draw(world, slots, rng, words=(), key="", taken=(), like=()):
         used += new
         drawn.append((table, entry, name))
         if character or "ta" in entry:
-            pronouns.append(entry.get("ta", "他"))
+            pronouns[slot] = entry.get("ta", "他")
         values |= {f"{slot}.{column}": cell for column, cell in entry.items()}
         values[slot] = name or entry["word"]
         values[slot + ".kind"] = entry["word"]
@@ -228,7 +227,8 @@ def draw(world, slots, rng, words=(), key="", taken=(), like=()):
         values[slot + ".full"] = name if alone else entry["word"] + (name or "")
         if table["pos"] and not alone:
             parts_of_speech[entry["word"]] = table["pos"]
-    two = set(pronouns[:2])             # the first two characters: 她们, 它们, and 他们 for any mixture
+    # of the first two characters: 她们, 它们, and 他们 for any mixture
+    two = {pronouns[slot] for slot in sorted(pronouns, key=lambda slot: slot not in MAIN_CHARACTERS)[:2]}
     values["they"] = (two.pop() if len(two) == 1 else "他") + "们"
     return values, parts_of_speech, drawn
 
@@ -271,7 +271,9 @@ def arrange(beats, extras, rng):
     """The text of a story. beats: their texts; extras: [(text, names the hero?)], which come in this order at the first
     places that suit them, some of them anywhere before the last beat. Nothing comes between a name and its pronoun."""
     before = [""] * len(beats)  # what stands before each beat
-    places = [i for i, beat in enumerate(beats) if beat[0] not in "他她它"] + [len(beats) - 1]
+    places = [i for i, beat in enumerate(beats) if i == 0 or beat[0] not in "他她它"]
+    if len(places) == 1:
+        places.append(len(beats) - 1)
     at = 0 if rng.random() < 0.35 else 1  # an index into places
     for text, names_hero in extras:
         if rng.random() < FRONT:
@@ -283,9 +285,13 @@ def arrange(beats, extras, rng):
     return "".join(extra + beat for extra, beat in zip(before, beats))
 
 
+def length(plot):
+    return "short" if plot["open"] else "long"
+
+
 def recurs(text, plot, values):
-    """Names and the central word come again, or the model has nothing to learn copying from."""
-    least = 2 if plot["open"] else 3
+    """Do the names and the central word recur? Otherwise there is nothing to learn copying from."""
+    least = LEAST_RECURRENCE[length(plot)]
     named = [slot for slot in plot["slots"] if slot in values and values[slot] != values[slot + ".kind"]]
     return (text.count(values[plot["central"]]) >= least
             and all(text.count(values[slot]) >= least for slot in named if values[slot] in text))
@@ -297,7 +303,21 @@ def some_words(there, text, rng):
     rng.shuffle(words)
     words = list(dict.fromkeys(words))
     rank = {word: [there[other] for other in words[:i]].count(there[word]) for i, word in enumerate(words)}
-    return sorted(words, key=rank.get)[:rng.choice((2, 3))]     # the first noun, verb, adjective; then the second ...
+    some, number = [], rng.choice((2, 3))
+    for word in sorted(words, key=rank.get):     # the first noun, verb, adjective; then the second …
+        if len(some) < number and not clashes(word, some):
+            some.append(word)
+    return some
+
+
+def bring_in(world, rng, words, values, talk, taken):
+    """Scenes for all of these words -> [(text, names the hero?)]."""
+    extras, scenes = [], []
+    while words:
+        text, brought, names_hero = choose_scene(world, rng, words, values, talk, taken, scenes)
+        words = [word for word in words if word not in brought]
+        extras.append((text, names_hero))
+    return extras
 
 
 def tell(world, rng, words, sentence, key, talk, like=None):
@@ -320,11 +340,7 @@ def tell(world, rng, words, sentence, key, talk, like=None):
     texts = [fill(beat, values) for beat in beats]
     missing = [word for word in words if word["word"] not in "".join(texts)]
     taken = [word for _, entry, name in drawn for word in (entry["word"], name) if word] + [w["word"] for w in words]
-    extras, scenes = [], []
-    while missing:
-        scene, brought, names_hero = choose_scene(world, rng, missing, values, talk, taken, scenes)
-        missing = [word for word in missing if word not in brought]
-        extras.append((scene, names_hero))
+    extras = bring_in(world, rng, missing, values, talk, taken)
     if sentence:
         extras.insert(rng.choice((0, 0, len(extras))), (sentence, False))
     return arrange(texts, extras, rng), fill(summary, values), {
@@ -333,31 +349,40 @@ def tell(world, rng, words, sentence, key, talk, like=None):
 
 
 def sound(text, summary, source, words):
-    """Is this a story to be written? Not too long or short, no sentence twice, everything in it that has to be."""
-    low, high = STORY_CHARS["open" if source["plot"]["open"] else "closed"]
+    """Is this story worth keeping? Right length, no repeated sentence, everything in it that must be."""
+    low, high = STORY_CHARS[length(source["plot"])]
     parts = list(map(fold, sentences(text)))
     return (low <= len(text) <= high and SUMMARY_CHARS[0] <= len(summary) <= SUMMARY_CHARS[1] and summary not in text
             and len(set(parts)) == len(parts) and recurs(text, source["plot"], source["values"])
             and all(word["word"] in text for word in words) and not leaks(text) and not leaks(summary))
 
 
+def words_label(there, text, source, words, rng, held_out):
+    """What stands in 词汇. The first asked word stays the first: the story's hero and plot go with it (`prefer`)."""
+    if not words:
+        in_text = {word: pos for word, pos in source["plot"]["in_text"].items() if word in text}
+        return some_words(there | in_text, text, rng)
+    first, *others = [word["word"] for word in words]
+    if not held_out and rng.random() < OWN_WORDS[length(source["plot"])]:     # words of the plot, beside or instead
+        own = [word for word in there if text.index(word) < len(text) // 2 and not clashes(word, [first, *others])]
+        own = rng.sample(own, min(len(own), rng.choice((1, 1, 2))))
+        others = (others[1:] if rng.random() < 0.5 else others) + own
+    if rng.random() < 0.7:
+        others.sort(key=text.index)
+    else:
+        rng.shuffle(others)
+    return [first, *others]
+
+
 def labels_of(text, summary, source, words, sentence, rng, held_out):
     """The labels of a story, all of them true: {"words", "features", "sentence", "summary"}."""
     there = {word: pos for word, pos in source["parts_of_speech"].items() if word in text}
-    named = [word["word"] for word in words]
-    if words and not held_out and rng.random() < OWN_WORDS["open" if source["plot"]["open"] else "closed"]:
-        own = [word for word in there if text.index(word) < len(text) // 2 and not clashes(word, named)]
-        named = (named + rng.sample(own, min(len(own), 2)))[-len(named) - 1:]  # words of the plot, beside or instead
-    if not words:
-        in_text = {word: pos for word, pos in source["plot"]["in_text"].items() if word in text}
-        named = some_words(there | in_text, text, rng)
-    elif rng.random() < 0.6:
-        named.sort(key=text.index)
     features = source["ending"]["features"] | ({"对话"} if has_dialogue(text) else set())
     if not sentence:
         parts = [s for s in sentences(text) if s.count("“") == s.count("”")]
         sentence = rng.choice([s for s in parts if SENTENCE_CHARS[0] <= len(s) <= SENTENCE_CHARS[1]] or parts)
-    return {"words": named, "features": [feature for feature in FEATURES if feature in features], "sentence": sentence,
+    return {"words": words_label(there, text, source, words, rng, held_out),
+            "features": [feature for feature in FEATURES if feature in features], "sentence": sentence,
             "summary": summary}
 
 
@@ -411,6 +436,9 @@ def stories(n, seed, folder=LANGUAGE, held_out=False):
     if n < 1:
         raise ValueError(f"--n {n}: must be at least 1")
     world = load(folder)     # bad files are reported by the call, not by the first story
+    for name in CLASSES:
+        if not world["lexicon"].get(name, {}).get("open"):
+            raise ValueError(f"{Path(folder, 'words.toml')}: no open class {name!r}")
     return _stories(n, seed, world, held_out)
 
 

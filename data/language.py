@@ -1,4 +1,4 @@
-"""Reads the language files of the built-in world: what is wrong in one is a ValueError that names file and entry.
+"""Read the language files of the built-in world. A mistake in one raises a ValueError that names file and entry.
 
 lexicon.toml   closed classes of words: any word of a class fits wherever the class stands in a plot
 words.toml     open classes: thousands of words by kind, for open plots, scenes and sentences
@@ -9,9 +9,11 @@ sentences.toml plain sentences that stand alone
 lexicon.toml and plots/lost.toml begin with an explanation of the format.
 """
 import functools
+import json
 import re
 import sys
 import tomllib
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,30 +24,50 @@ from constraints import FEATURES  # noqa: E402
 LANGUAGE = ROOT / "data"        # the folder of the files above
 POS = ("noun", "verb", "adj")
 ANY = "任何"                    # scenes for any word, whatever its class
+HELD_OUT = 14                   # one in so many words of the open classes is held out: see `load_classes`
+SILENT_SCENES = 6               # at least, of every class: a story has no scene twice
 CHARACTER = ("full", "ta")      # {hero.full} 小兔豆豆, {hero.ta} 它; {hero.kind} where the class has names
 
 
-@functools.cache  # a second, and many ask
 def load(folder=LANGUAGE):
     """-> {"lexicon": {class: …}, "plots": […], "scenes": {class: [phrasing, …]}, "sentences": [phrasing, …]}: what
     load_classes, load_plot and load_phrasings give. Raises ValueError."""
-    folder = Path(folder)
+    return _load(Path(folder))
+
+
+@functools.cache  # takes a second, and many callers need it
+def _load(folder):
     lexicon = {}
     for name in ("lexicon.toml", "words.toml"):
         lexicon = load_classes(read_toml(folder / name), folder / name, lexicon)
     plots = {}
-    for path in [*sorted(folder.glob("plots/*.toml")), *sorted(folder.glob("open/*.toml"))]:
-        plot = load_plot(path, lexicon)
-        if plot["name"] in plots:
-            raise ValueError(f"{path}: duplicate plot name {plot['name']!r}")
-        plots[plot["name"]] = plot
-    if not plots:
-        raise ValueError(f"{folder / 'plots'}: no plot files (*.toml)")
+    for place in ("plots", "open"):
+        paths = sorted((folder / place).glob("*.toml"))
+        if not paths:
+            raise ValueError(f"{folder / place}: no plot files (*.toml)")
+        for path in paths:
+            plot = load_plot(path, lexicon)
+            if plot["name"] in plots:
+                raise ValueError(f"{path}: duplicate plot name {plot['name']!r}")
+            plots[plot["name"]] = plot
+    elsewhere = {word for plot in plots.values() for name in plot["lexicon"].keys() - lexicon.keys()
+                 for word in plot["lexicon"][name].get("by_word", ())}
+    if (folder / "authored.jsonl").exists():
+        with open(folder / "authored.jsonl", encoding="utf-8") as file:
+            elsewhere |= {word for line in file for word in json.loads(line)["words"]}
+    for table in lexicon.values():  # what a plot has in a class of its own, or an authored label, is not held out
+        again = [entry for entry in table.get("held_out", ()) if entry["word"] in elsewhere]
+        for entry in again:
+            table["held_out"].remove(entry)
+            table["entries"].append(entry)
     scenes, sentences = (load_phrasings(folder / name, lexicon) for name in ("scenes.toml", "sentences.toml"))
-    for name, phrasings in scenes.items():
+    for name, phrasings in ({ANY: []} | scenes).items():
+        where = f"{folder / 'scenes.toml'}: [{name}]"
         for i, phrasing in enumerate(phrasings, 1):
-            if name not in phrasing["slots"]:
-                raise ValueError(f"{folder / 'scenes.toml'}: [{name}] {i}: no {{{name}}} in {phrasing['text']!r}")
+            if Slot(name) not in phrasing["parts"]:
+                raise ValueError(f"{where} {i}: no {{{name}}} in {phrasing['text']!r}")
+        if sum(not phrasing["speech"] for phrasing in phrasings) < SILENT_SCENES:
+            raise ValueError(f"{where}: fewer than {SILENT_SCENES} scenes without speech")
     for name, phrasings in sentences.items():
         for i, phrasing in enumerate(phrasings, 1):
             if phrasing["speech"] or "hero" in phrasing["slots"]:
@@ -82,7 +104,11 @@ def check_fields(table, where, needs, may):
 
 def load_classes(tables, path, lexicon):
     """The classes of a file, beside those of `lexicon` -> {class: {"entries": [{"class": thing, "word": 帽子, "m": 顶, …}],
-    "by_word": {帽子: its entry}, "pos", "names", …}}, {class: {"of": [...]}} or {class: {"say": [...]}}."""
+    "held_out": entries, too, "by_word": {帽子: its entry}, "pos", "names", …}}, {class: {"of": […]}} or {class: {"say": […]}}.
+
+    Words of open classes that are held out, a hash decides which, are never drawn for a training story. A word of one
+    character is not, nor one of a closed class, nor, see `load`, one of an authored label: they stand in stories anyway.
+    """
     lexicon = dict(lexicon)
     for name, table in tables.items():
         where = f"{path}: [{name}]"
@@ -112,7 +138,16 @@ def load_classes(tables, path, lexicon):
             if entry["word"] in entries:
                 raise ValueError(f"{where}: duplicate word {entry['word']!r}")
             entries[entry["word"]] = entry
-        lexicon[name] = {key: table.get(key) for key in fields} | {"entries": list(entries.values()), "by_word": entries}
+        if table.get("names") and not all("ta" in entry for entry in entries.values()):
+            raise ValueError(f"{where}: characters with names need a pronoun, the column or field ta")
+        closed = {word for other in lexicon.values() if not other.get("open") for word in other.get("by_word", ())}
+        held_out = {word for word in entries if table.get("open") and len(word) > 1 and word not in closed
+                    and zlib.crc32(word.encode()) % HELD_OUT == 0}
+        lexicon[name] = {key: table.get(key) for key in fields} | {
+            "entries": [entry for word, entry in entries.items() if word not in held_out],
+            "held_out": [entry for word, entry in entries.items() if word in held_out], "by_word": entries}
+        if not lexicon[name]["entries"]:
+            raise ValueError(f"{where}: no word that is not held out")
     for name in tables:
         for sentence in lexicon[name].get("say", ()):
             if any("say" in lexicon.get(slot, ()) for slot in re.findall(r"\{([^{}]*)\}", sentence)):
@@ -138,7 +173,7 @@ class Slot(str):
 
 
 class Slots:
-    """The slots of a file: those it declares, and every class it uses as a slot of that name."""
+    """The slots that a file declares, plus one for every class that its phrasings name directly."""
 
     def __init__(self, declared, lexicon, where):
         self.lexicon, self.where = lexicon, where
@@ -178,7 +213,7 @@ class Slots:
         return parts
 
     def phrasings(self, texts, where):
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f"{where}: must be a list of phrasings")
         return [self.compile(text, f"{where}, phrasing {i}") for i, text in enumerate(texts, 1)]
 
@@ -202,11 +237,14 @@ def load_phrasings(path, lexicon):
             where = f"{path}: [{heading}] {i}"
             slots = Slots({"hero": "主角"} | ({ANY: "其他"} if heading == ANY else {}), lexicon, where)
             parts, = slots.phrasings([text], where)
+            for slot in re.findall(r"\{([^{}|]*)\}", text):
+                if slot == "they" or "say" in lexicon.get(slot, ()):
+                    raise ValueError(f"{where}: {{{slot}}} is for plots only")
             shape = re.sub(r"\{[^{}]*\}", "{}", text)
             if shape in shapes:
                 raise ValueError(f"{where}: differs from {shapes[shape]} only in its slots")
             shapes[shape] = where
-            used = {part.partition(".")[0] for part in parts if isinstance(part, Slot)}
+            used = dict.fromkeys(part.partition(".")[0] for part in parts if isinstance(part, Slot))  # in their order
             groups[heading].append({"parts": parts, "slots": {slot: slots.tables[slot] for slot in used},
                                     "speech": "“" in text, "text": text})
     return groups
@@ -226,6 +264,8 @@ def load_plot(path, lexicon):
     slots = Slots(plot["slots"], lexicon, path)
     if not slots.has(plot["central"]):
         raise ValueError(f"{path}: central {plot['central']!r} is not one of the slots")
+    if "hero" not in slots.tables:
+        raise ValueError(f"{path}: no slot 'hero', which scenes name")
 
     def features(table, where):
         for feature in table.get("features", []):

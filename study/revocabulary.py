@@ -1,7 +1,7 @@
 """Give a model another tokenizer: python study/revocabulary.py base out/tok/tokenizer.model out/widened
 
-The layers stay as they are. A piece that the old tokenizer has, too, keeps its embedding; another one gets the mean of
-the old pieces that spell it. Continue pretraining from there (`pretrain.py --init`).
+The layers are kept. A piece that the old tokenizer also has keeps its embedding; any other gets the mean of the
+embeddings of the old pieces that spell it. Continue pretraining from there (`pretrain.py --init`).
 """
 import sys
 from dataclasses import replace
@@ -24,7 +24,7 @@ def spelling(piece_id, new, old):
     piece = new.sp.id_to_piece(piece_id)
     if (same := old.sp.piece_to_id(piece)) != old.sp.unk_id() or piece == old.sp.id_to_piece(old.sp.unk_id()):
         return [same]
-    return old.encode(new.decode([piece_id]))
+    return old.encode(new.decode([piece_id])) or [old.sp.unk_id()]
 
 
 @torch.no_grad()
