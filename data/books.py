@@ -4,10 +4,10 @@
     python data/books.py --n 80000 --seed 1 --exercises --out out/data/exercises.jsonl
 
 A small model learns to use what stands before a text only where texts have something before them: a title, a list of
-words, a sentence to look for, a line that says what it is about. They stand behind the text as often. Short texts are made
-of scenes alone, so that there is more to copy in them; the authored stories come in between. There are no instructions in
-any of them: those are left to fine-tuning. Exercises are texts in which nothing but copying pays: a line, and the same line
-again.
+words, a sentence to look for, a line that says what the text is about. Some of it stands behind the text instead. Short
+texts are made of scenes alone, so that there is more to copy in them; authored stories come in between. None of them
+has an instruction: those are left to fine-tuning. Exercises are texts in which nothing but copying pays: a line, and
+the same line again.
 """
 import random
 import sys
@@ -45,8 +45,8 @@ def load():
 
 
 def around(text, labels, title, world, forms, rng, second=""):
-    """The text with lines before and behind it that name what is in it, and what is not. labels: {key: value} of what is
-    named; second: a story that comes after it."""
+    """The text with lines before and behind it that name what is in it, and what is not. labels: {key: value} of what
+    is named; second: a story that comes after it."""
     before, behind = [], []
     if title and rng.random() < TITLE:
         before.append(rng.choice(forms["title"]).format(n=rng.choice("一二三四五六七八九"), **title))
@@ -78,7 +78,8 @@ def story(world, forms, rng):
 
 
 def strange_sentence(world, rng):
-    """A sentence that only copying can tell: words in a row, characters at random, authored ones; or one of the grammar."""
+    """A sentence that can be reproduced only by copying: an authored one, words in a row, characters at random; or else
+    one of the grammar."""
     of = rng.random()
     if (of := of - STRANGE["authored"]) < 0:
         return rng.choice(generate.authored_sentences())

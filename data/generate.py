@@ -2,12 +2,12 @@
 
     python data/generate.py --n 20000 --seed 1 --out out/data/stories.jsonl --instructions out/data/instructions.json
 
-The language files (language.py) hold words, plots, scenes and sentences. A story is drawn after its instruction: words of
-any kind and a sentence; then a plot with places for as many of them as possible, an ending, a phrasing for each beat. Each
-asked word fills a slot of the plot that suits its class; the others get a scene, a sentence or two that may stand between
-the beats of any plot. What is asked comes early and mostly in its order: then obeying is the likeliest way to go on, which
-is what a low temperature takes. No word follows from another one, so a model that gets them right has copied them from its
-prompt.
+The language files (language.py) hold words, plots, scenes and sentences. A story is drawn after its instruction: words
+of any kind and a sentence; then a plot with places for as many of them as possible, an ending, a phrasing for each
+beat. Each asked word fills a slot of the plot that suits its class; the others get a scene, a sentence or two that may
+stand between the beats of any plot. What is asked for comes early, mostly in the order asked: following the instruction
+is then the likeliest continuation, which a low temperature picks. No word follows from another one, so a model that
+gets them right has copied them from its prompt.
 """
 import functools
 import hashlib
@@ -26,36 +26,48 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from common import check_writable, command_line, fail, write_jsonl  # noqa: E402
-from constraints import FEATURE, FEATURES, KEYS, SENTENCE, SUMMARY, WORDS, fold, has_dialogue, render, sentences  # noqa: E402
+from constraints import (  # noqa: E402
+    FEATURE,
+    FEATURES,
+    KEYS,
+    SENTENCE,
+    SUMMARY,
+    WORDS,
+    fold,
+    has_dialogue,
+    render,
+    sentences,
+)
 from data.language import ANY, LANGUAGE, Slot, load  # noqa: E402
 
-VERSION = 3                     # of what is written: another number when the same seed gives other stories
+VERSION = 3                     # of the output: raise it when a seed gives different stories
 STORY_CHARS = {"short": (40, 380), "long": (120, 430)}   # by `length` of the plot
 LEAST_RECURRENCE = {"short": 2, "long": 3}
 SUMMARY_CHARS = 8, 60
 SENTENCE_CHARS = 5, 30          # of the sentence that serves as 随机句子
 TALK = 0.64                     # share of stories that may use phrasings with speech in them
 OPEN_PLOTS = 0.7                # share of stories that have an open plot
-LEAK = 8                        # characters in a row of what models are judged by that no training text has
+LEAK = 8                        # no training text shares so many characters in a row with what models are judged by
 FRONT = 0.85                    # share of asked things that come at the first place that suits them
 ASKED_WORDS = 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5
-FREE_SENTENCE = 0.8             # share of asked sentences that are of sentences.toml, not of the plot
+FREE_SENTENCE = 0.8             # share of asked sentences that come from outside the plot
 AUTHORED_SENTENCE = 0.15        # of these: sentences of authored stories
 OWN_WORDS = {"short": 0.2, "long": 0.6}     # share of stories whose 词汇 has words that the plot's slots drew, too
-PLOTS_SEEN, SCENES_SEEN = 5, 4  # of so many the one with room for most of the asked words
+PLOTS_SEEN, SCENES_SEEN = 5, 4  # candidates drawn; the one with room for most of the asked words is taken
 ANY_SCENE = 0.08                # share of scenes that would suit any word, where its class has its own
 AFFINITY, FAVOURITES = 0.8, 3   # see `prefer`
 LISTED_NAMES = 0.7              # share of names that are of the lexicon, where nothing is asked
 MAIN_CHARACTERS = "hero", "pal", "friend"
-TRIES = 1000                    # drawn anew until length and recurrence are right
+TRIES = 1000                    # before giving up on a story
 CLASSES = {  # what is asked for, by class: relative frequencies
-    "东西": 16, "吃的": 9, "动物": 10, "植物": 6, "地方": 11, "人物": 6, "大件": 5, "车船": 3, "喝的": 3, "天上": 5, "材料": 3,
-    "身体": 3, "声音": 3, "活动": 5, "想法": 6, "时间": 4, "动作": 8, "做": 5, "心里": 4, "变化": 4, "样子": 10, "心情": 5,
-    "性格": 5, "环境": 4, "怎样": 4, "响声": 2, "成语做": 1, "成语景": 1, "成语": 1, "其他": 3}
-NAME_CHARS = ("小阿大", "安白冰彩晨春丹冬朵帆方芳飞枫风歌光桂果海禾荷红虎花欢吉佳江金晶静菊军可兰乐雷梨力丽莲亮林铃玲柳龙露路鹿麦"
-              "满曼猫梅美米苗明鸣木南妮宁盼朋平苹齐奇琪琴青晴秋泉然蓉瑞森山珊杉石诗书霜水思松桃甜田童彤旺薇文舞雯溪喜夏香祥"
-              "晓笑心新星杏秀雪洋阳遥叶艺银英莹颖雨玉园圆远月悦云芸泽珍真芝志竹子紫")
-FIRST, SECOND = NAME_CHARS
+    "东西": 16, "吃的": 9, "动物": 10, "植物": 6, "地方": 11, "人物": 6, "大件": 5, "车船": 3, "喝的": 3, "天上": 5,
+    "材料": 3, "身体": 3, "声音": 3, "活动": 5, "想法": 6, "时间": 4, "动作": 8, "做": 5, "心里": 4, "变化": 4,
+    "样子": 10, "心情": 5, "性格": 5, "环境": 4, "怎样": 4, "响声": 2, "成语做": 1, "成语景": 1, "成语": 1, "其他": 3}
+# of made-up names
+FIRST = "小阿大"
+SECOND = ("安白冰彩晨春丹冬朵帆方芳飞枫风歌光桂果海禾荷红虎花欢吉佳江金晶静菊军可兰乐雷梨力丽莲亮林铃玲柳龙露路"
+          "鹿麦满曼猫梅美米苗明鸣木南妮宁盼朋平苹齐奇琪琴青晴秋泉然蓉瑞森山珊杉石诗书霜水思松桃甜田童彤旺薇文舞雯"
+          "溪喜夏香祥晓笑心新星杏秀雪洋阳遥叶艺银英莹颖雨玉园圆远月悦云芸泽珍真芝志竹子紫")
 
 
 # -----------------------------------------------------------------------------
@@ -77,7 +89,7 @@ def trained_words():
 
 @functools.cache
 def judged_runs():
-    """Every run of LEAK characters in a sentence or summary of the handwritten instructions that models are judged by."""
+    """Every run of LEAK characters in a sentence or summary of the handwritten instructions."""
     with open(LANGUAGE / "eval_instructions.jsonl", encoding="utf-8") as file:
         texts = [text for line in file for text in json.loads(line)["constraints"].values() if isinstance(text, str)]
     return frozenset(text[i:i + LEAK] for text in texts for i in range(len(text) - LEAK + 1))
@@ -134,8 +146,8 @@ def free_sentence(world, rng, held_out=False):
 # words into phrasings
 
 def prefer(rng, options, key, what):
-    """One of the options, usually one of the few tied to `key`, the first character asked for. Without this, all stories
-    would begin alike at a low temperature: nothing else favours one hero over another."""
+    """One of the options, usually one of the few tied to `key`, the first character asked for. Without this, all
+    stories would begin alike at a low temperature: nothing else favours one hero over another."""
     if key and rng.random() < AFFINITY:
         return options[zlib.crc32(f"{key} {what} {rng.randrange(FAVOURITES)}".encode()) % len(options)]
     return rng.choice(options)
@@ -185,7 +197,7 @@ def suits(table, entry):
 
 
 def draw(world, slots, rng, words=(), key="", taken=(), like=()):
-    """An entry for each slot -> ({"hero": 豆豆, "hero.kind": 小兔, "hero.m": 只, ...}, {小兔: noun, ...}, [(table, entry,
+    """An entry for each slot -> ({"hero": 豆豆, "hero.kind": 小兔, "hero.m": 只, …}, {小兔: noun, …}, [(table, entry,
     name or None)]: what was drawn). No two words of a story clash.
 
     words: entries, each of which takes the first slot that it suits. key: of `prefer`. taken: words that the story has
@@ -241,14 +253,17 @@ def choose_plot(world, rng, words, key, like=None):
     of_open = rng.random() < OPEN_PLOTS
     plots = [p for p in world["plots"] if p["open"] == of_open and not (like and p is like["plot"])]
     some = [prefer(rng, plots, key, "plot") for _ in range(PLOTS_SEEN)]
-    return max(some, key=lambda plot: sum(any(suits(table, word) for tables in plot["slots"].values() for table in tables)
-                                          for word in words))
+
+    def room(plot):
+        tables = [table for tables in plot["slots"].values() for table in tables]
+        return sum(any(suits(table, word) for table in tables) for word in words)
+    return max(some, key=room)
 
 
 def choose_scene(world, rng, words, values, talk, taken, before):
-    """A scene that brings in the first of the words, perhaps others, too -> (its text, the words that it brings in, does
-    it name the hero?). values: of the story; taken: words that the scene's other slots must keep clear of; before: the
-    scenes that the story has, to which this one is added."""
+    """A scene that brings in the first of the words, perhaps others, too -> (its text, the words that it brings in,
+    does it name the hero?). values: of the story; taken: words that the scene's other slots must keep clear of; before:
+    the scenes that the story has, to which this one is added."""
     word, *others = words
     best = None
     for _ in range(SCENES_SEEN):
@@ -321,8 +336,8 @@ def bring_in(world, rng, words, values, talk, taken):
 
 
 def tell(world, rng, words, sentence, key, talk, like=None):
-    """One try at a story with these words and this sentence -> (its text, summary and what it was made from), whether or
-    not it turned out well."""
+    """One try at a story with these words and this sentence -> its text, its summary and what it was made from, whether
+    or not it turned out well."""
     plot = choose_plot(world, rng, words, key, like)
     ending = rng.choice(plot["endings"])
     beats = [choose(rng.choice(beat[talk]), rng) for optional, beat in ending["beats"]
@@ -387,8 +402,8 @@ def labels_of(text, summary, source, words, sentence, rng, held_out):
 
 
 def compose(world, rng, asked=(), held_out=False, like=None):
-    """A story record without its id, and what it was made from: {"plot", "ending", "beats", "values", "parts_of_speech",
-    "drawn"}.
+    """A story record without its id, and what it was made from: {"plot", "ending", "beats", "values",
+    "parts_of_speech", "drawn"}.
 
     asked: the keys of its instruction, in order; 词汇 and 随机句子 are drawn before the story. The record's "asked" are
     the constraints. held_out: the words are of `held_out_words`. like: what another story was made from; this one is of
@@ -409,8 +424,8 @@ def compose(world, rng, asked=(), held_out=False, like=None):
             if labels["features"] or FEATURE not in asked:
                 break
     else:
-        raise ValueError(f"{TRIES} tries gave no story that has {'，'.join(word['word'] for word in words) or 'nothing asked'}"
-                         f" and {sentence!r}")
+        asked_for = "，".join(word["word"] for word in words) or "no word"
+        raise ValueError(f"{TRIES} tries gave no story that has {asked_for} and {sentence!r}")
     some = rng.sample(labels["features"], min(len(labels["features"]), rng.choice((1, 1, 1, 2, 2, 3))))
     if held_out and "对话" in labels["features"]:
         some = ["对话"]  # the one that a rule can tell
@@ -429,9 +444,9 @@ BY_NUMBER = [kinds for kinds in COMBINATIONS for _ in range(12 // math.comb(len(
 def stories(n, seed, folder=LANGUAGE, held_out=False):
     """n story records, made one by one: text, words, features, sentence, summary, asked, story_id. Raises ValueError.
 
-    Story i depends on (seed, i) only, so fewer stories are the beginning of more; texts seen before are passed over. The
-    15 combinations of constraints are asked for in turn. held_out: stories to judge by, with words and sentences that no
-    training story has, and as many with one, two, three and four constraints.
+    Story i depends on (seed, i) only, so fewer stories are the beginning of more; texts seen before are passed over.
+    The 15 combinations of constraints are asked for in turn. held_out: stories to judge by, as many with one, two,
+    three and four constraints: the asked words are in no training slot or label, sentences from outside the plot are new.
     """
     if n < 1:
         raise ValueError(f"--n {n}: must be at least 1")
@@ -473,8 +488,9 @@ def instructions(records, seed):
     for record in records:
         constraints = record.get("asked")
         if constraints is None:
+            some = rng.choice((1, 1, 1, 2, 2, 3))
             labels = {WORDS: rng.sample(record["words"], len(record["words"])), SUMMARY: record["summary"],
-                      FEATURE: rng.sample(record["features"], min(len(record["features"]), rng.choice((1, 1, 1, 2, 2, 3)))),
+                      FEATURE: rng.sample(record["features"], min(len(record["features"]), some)),
                       SENTENCE: record["sentence"]}
             possible = [kinds for kinds in given if all(labels[key] for key in kinds)]
             least = min(given[kinds] for kinds in possible)  # one without features cannot have 特点; others catch up

@@ -31,7 +31,8 @@ from records import instruction_of, read_records, text_field
 HANDWRITTEN = Path(__file__).parent / "eval_instructions.jsonl"
 RIVALS = 19  # other summaries that a story is compared with
 RARE = "rare"  # the source of the rows below
-RARE_WORDS = "饕餮", "貔貅", "鸬鹚", "龃龉", "氤氲", "旖旎", "魍魉", "囹圄", "耄耋", "獬豸"  # in no tokenizer of ours: bytes
+# the tokenizer of the base spells them in bytes
+RARE_WORDS = "饕餮", "貔貅", "鸬鹚", "龃龉", "氤氲", "旖旎", "魍魉", "囹圄", "耄耋", "獬豸"
 TELLING = 0.15  # `overlap` of a summary with its own story: then the rule is right of 98 in 100
 
 

@@ -71,8 +71,8 @@ def _load(folder):
     for name, phrasings in sentences.items():
         for i, phrasing in enumerate(phrasings, 1):
             if phrasing["speech"] or "hero" in phrasing["slots"]:
-                raise ValueError(f"{folder / 'sentences.toml'}: [{name}] {i}: {phrasing['text']!r} does not stand alone: "
-                                 "it has speech or the hero in it")
+                where = f"{folder / 'sentences.toml'}: [{name}] {i}"
+                raise ValueError(f"{where}: {phrasing['text']!r} does not stand alone: it has speech or the hero in it")
     return {"lexicon": lexicon, "plots": list(plots.values()), "scenes": scenes,
             "sentences": [phrasing for group in sentences.values() for phrasing in group]}
 
@@ -103,11 +103,13 @@ def check_fields(table, where, needs, may):
 # words
 
 def load_classes(tables, path, lexicon):
-    """The classes of a file, beside those of `lexicon` -> {class: {"entries": [{"class": thing, "word": 帽子, "m": 顶, …}],
-    "held_out": entries, too, "by_word": {帽子: its entry}, "pos", "names", …}}, {class: {"of": […]}} or {class: {"say": […]}}.
+    """The classes of a file, beside those of `lexicon` -> {class: {"entries": [{"class": thing, "word": 帽子, "m": 顶,
+    …}], "held_out": entries, too, "by_word": {帽子: its entry}, "pos", "names", …}}, {class: {"of": […]}} or {class:
+    {"say": […]}}.
 
     Words of open classes that are held out, a hash decides which, are never drawn for a training story. A word of one
-    character is not, nor one of a closed class, nor, see `load`, one of an authored label: they stand in stories anyway.
+    character is not held out, nor one of a closed class or (see `_load`) of an authored label: these stand in stories
+    anyway.
     """
     lexicon = dict(lexicon)
     for name, table in tables.items():

@@ -17,8 +17,8 @@ from tqdm import tqdm  # noqa: E402
 from common import command_line, positive  # noqa: E402
 from constraints import FEATURES, SENTENCE, SUMMARY, WORDS, has_dialogue, sentences  # noqa: E402
 from data import generate, language  # noqa: E402
-from data.language import Slot  # noqa: E402
 from data.judged import add_rivals  # noqa: E402
+from data.language import Slot  # noqa: E402
 from evaluate import obedience  # noqa: E402
 
 XZ_CHARS = 1_100_000

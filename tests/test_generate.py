@@ -97,7 +97,7 @@ def test_no_word_hides_in_another(composed):
 
 
 def test_pronouns_agree(composed):
-    for record, source in composed:
+    for _, source in composed:
         characters = [slot for slot in source["values"] if slot + ".ta" in source["values"]
                       and slot in source["plot"]["slots"] and slot + ".full" in source["values"]]
         assert source["values"]["hero.ta"] in "他她它" and characters
@@ -153,7 +153,7 @@ def test_openings_follow_what_is_asked(world):
     assert max(first.values()) <= 10
 
 
-# ----------------------------------------------------------------------------- words and sentences that are kept for judging
+# ----------------------------------------------------------------------------- what is kept for judging
 
 def test_held_out_words_stand_in_no_slot_and_no_label_of_training(records, composed):
     secret = generate.held_out_words()

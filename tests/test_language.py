@@ -102,7 +102,7 @@ SCENE, WORD = '["东西"]\nsay = [\n', '["东西"]\nopen = true'
     ("words.toml", '"animal", "animal"', '"animol", "animal"', "[主角]: unknown class 'animol'"),
     ("scenes.toml", SCENE, SCENE + '"路边有一棵树。",\n', "[东西] 1: no {东西} in '路边有一棵树。'"),
     ("scenes.toml", SCENE, SCENE + '"路边有{东西}和{动吻}。",\n', "[东西] 1, phrasing 1: unknown slot {动吻}"),
-    ("scenes.toml", SCENE, SCENE + '"有{东西}。",\n"有{动物}和{东西}。",\n"有{东西}和{动物}。",\n', "only in its slots"),
+    ("scenes.toml", SCENE, SCENE + '"{东西}和{动物}在。",\n"{动物}和{东西}在。",\n', "only in its slots"),
     ("scenes.toml", SCENE, '["东西"]\nsya = [\n', "[东西]: field 'say' is missing"),
     ("scenes.toml", SCENE, '["东东"]\nsay = [\n', "[东东]"),
     ("sentences.toml", "say = [\n", 'say = [\n"“下雨啦！”{人物}说。",\n', "does not stand alone"),
