@@ -446,7 +446,7 @@ def stories(n, seed, folder=LANGUAGE, held_out=False):
 
     Story i depends on (seed, i) only, so fewer stories are the beginning of more; texts seen before are passed over.
     The 15 combinations of constraints are asked for in turn. held_out: stories to judge by, as many with one, two,
-    three and four constraints: the asked words are in no training slot or label, sentences from outside the plot are new.
+    three and four constraints: the asked words are in no training slot or label, sentences from outside the plot new.
     """
     if n < 1:
         raise ValueError(f"--n {n}: must be at least 1")

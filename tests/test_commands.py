@@ -1,4 +1,5 @@
 """Every command as a user types it, in-process: what it prints, what it writes, and what it says to bad input."""
+import copy
 import json
 import shutil
 import subprocess
@@ -97,7 +98,7 @@ def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest(tok):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     first.step()
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
     before = [p.clone() for p in model.parameters()]
     first.step()
     once = [p.clone() for p in model.parameters()]
