@@ -1,34 +1,37 @@
 """Pretrain a base model on plain stories: python pretrain.py --data stories.jsonl --out out/my_base
 
-The loop is train_sft.py's. Here are the plain-text batches (stories packed one behind the other, EOS between them) and
-the settings of a base model. `--preset microstories` has the study's: 44M parameters, 512 x 512 tokens a step.
+The loop is train_sft.py's. Here are the plain-text batches (stories packed one behind the other, EOS between them), the
+optimizer and the settings of a base model. `--preset microstories` has the study's: 44M parameters, 512 x 512 tokens a step.
 --data may also be what data/prepare.py wrote: token files, and the tokenizer they were made with.
 """
 import hashlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import tokenizer as tokenizers
 from checkpoint import fits, load_last, load_model, save_model
-from common import fail, positive, rank, wait_for_all, world
+from common import fail, has_bf16, positive, rank, wait_for_all, world
 from constraints import KEYS
 from data import builtin, generate
 from dataset import PROMPT, TokenBatches
 from model import GPT, PRESETS
 from records import read_stories, split_by_story
-from train_sft import check_out, data_files, parse, run, set_block_size, start, training_parser
+from train_sft import adamw, check_out, data_files, parse, run, set_block_size, start, training_parser
 
 # What differs from fine-tuning's defaults. small: those of the base that ships.
 SETTINGS = {
-    "small": {"lr": 2e-3, "batch_size": 4, "weight_decay": 0.1, "warmup": 200, "epochs": 1.0},
+    "small": {"lr": 2e-3, "batch_size": 16, "weight_decay": 0.1, "warmup": 200, "epochs": 1.0},
     "microstories": {"lr": 5e-4, "batch_size": 32, "grad_accum": 16, "weight_decay": 0.1, "warmup": 1000,
                      "epochs": 1.0, "vocab_size": 65024},
 }
 BUILTIN_TOKENIZER = 12_000  # texts that the built-in corpus's tokenizer is trained on
+MUON_LR, MUON_DECAY = 20, 0.3  # Muon's learning rate and weight decay, as multiples of AdamW's
 VAL_WINDOWS = 48  # of block_size tokens: enough to see the loss fall, and no time lost
 
 
@@ -42,6 +45,51 @@ def parse_args(argv=None):
     parser.set_defaults(out=Path("out/base"), val_fraction=0.01, **SETTINGS["small"])
     parser.set_defaults(**SETTINGS[parser.parse_known_args(argv)[0].preset])
     return parse(parser, argv, fixed=("init", "preset", "tokenizer", "vocab_size"))
+
+
+class MuonAdamW:
+    """Muon (Jordan et al. 2024) for the matrices of the layers and AdamW for the rest, as one optimizer.
+
+    Muon's update is nearly orthogonal whatever the gradient's size, so it needs its own learning rate: MUON_LR times
+    AdamW's. --beta1 and --beta2 are AdamW's.
+    """
+
+    def __init__(self, model, lr, weight_decay, betas):
+        matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+        chosen = set(map(id, matrices))
+        others = [p for p in model.parameters() if id(p) not in chosen]
+        muon = torch.optim.Muon([{"params": matrices, "lr_scale": MUON_LR}], lr=lr * MUON_LR,
+                                weight_decay=weight_decay * MUON_DECAY)
+        self.parts = [adamw(model, lr, weight_decay, betas, params=others), muon]
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self):
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states):
+        if not isinstance(states, list) or len(states) != len(self.parts):
+            raise ValueError("the run was begun with another optimizer")
+        for part, state in zip(self.parts, states):
+            part.load_state_dict(state)
+
+
+def optimizer_for(model, lr, weight_decay, betas):
+    """MuonAdamW; AdamW where bfloat16 is emulated, in which torch's Muon always works: it would take seconds a step."""
+    if has_bf16(model.lm_head.weight.device):
+        return MuonAdamW(model, lr, weight_decay, betas)
+    print("notice: this device has no bfloat16: AdamW instead of Muon", file=sys.stderr)
+    return adamw(model, lr, weight_decay, betas)
 
 
 def load_stories(args):
@@ -144,7 +192,8 @@ def main(argv=None):
                                        args.seed).validation(VAL_WINDOWS)
     except (ValueError, OSError) as e:
         fail(e)
-    run(args, model, batches, val_batches, lambda directory: save_model(directory, model, tokenizer), state)
+    run(args, model, batches, val_batches, lambda directory: save_model(directory, model, tokenizer), state,
+        optimizer_for)
 
 
 if __name__ == "__main__":

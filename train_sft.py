@@ -35,9 +35,9 @@ def get_lr(step, total, warmup, lr, min_lr, decay_rate=1.0):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (lr - min_lr)
 
 
-def adamw(model, lr=5e-4, weight_decay=0.0, betas=(0.9, 0.95), cls=torch.optim.AdamW):
-    """AdamW (or another class with its arguments) over the parameters that require gradients."""
-    params = [p for p in model.parameters() if p.requires_grad]
+def adamw(model, lr=5e-4, weight_decay=0.0, betas=(0.9, 0.95), cls=torch.optim.AdamW, params=None):
+    """AdamW (or another class with its arguments) over these parameters, by default all that require gradients."""
+    params = [p for p in model.parameters() if p.requires_grad] if params is None else params
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]  # no decay on norm gains
     return cls(groups, lr=lr, betas=betas, fused=params[0].device.type in ("cpu", "cuda", "mps", "xpu"))
@@ -137,7 +137,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
         while done < steps and not stopping:
             start = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = get_lr(done + 1, steps, warmup, lr, min_lr, decay_rate)
+                group["lr"] = get_lr(done + 1, steps, warmup, lr, min_lr, decay_rate) * group.get("lr_scale", 1)
             torch.manual_seed(((seed * 1_000_003 + done) * world() + rank()) % 2**63)
             loss, n = backward(model, batches(done), loss_fn, params, precision)
             norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
@@ -287,8 +287,8 @@ def pick_init(args):
     return init
 
 
-def run(args, model, batches, val_batches, save, state=None, optimizer=torch.optim.AdamW):
-    """The training run that the flags describe; `train` has the parameters' meaning. optimizer: a class."""
+def run(args, model, batches, val_batches, save, state=None, make_optimizer=adamw):
+    """The training run that the flags describe; `train` has the parameters' meaning. make_optimizer: as `adamw`."""
     device = common.pick_device(args.device)
     dtype = common.pick_dtype(args.dtype, device)
     steps = args.max_steps or math.ceil(args.epochs * batches.steps_per_epoch)
@@ -308,9 +308,13 @@ def run(args, model, batches, val_batches, save, state=None, optimizer=torch.opt
         train(model, batches, val_batches, args.out, save, steps=steps, lr=args.lr, min_lr=args.min_lr,
               warmup=args.warmup, decay_rate=args.decay_rate, grad_clip=args.grad_clip, eval_every=args.eval_every,
               save_every=args.save_every, dtype=dtype, compile=args.compile, seed=args.seed,
-              optimizer=adamw(model, args.lr, args.weight_decay, (args.beta1, args.beta2), optimizer), state=state)
+              optimizer=make_optimizer(model, args.lr, args.weight_decay, (args.beta1, args.beta2)), state=state)
     except FloatingPointError as e:
         raise SystemExit(f"error: {e}" if rank() == 0 else 1) from None
+    except ValueError as e:
+        if state is None:
+            raise
+        fail(f"--resume: {args.out}: {e}")  # the saved state is another optimizer's
     except OSError as e:
         last = args.out / "last"
         fail(f"{args.out}: {e}" + (f"; {last} holds the last good save" if last.exists() else ""))
@@ -405,7 +409,7 @@ def set_block_size(args, model):
         raise ValueError(f"--block-size {args.block_size} is beyond the model's {model.config.block_size}")
 
 
-def main(argv=None, optimizer=torch.optim.AdamW):
+def main(argv=None, make_optimizer=adamw):
     args = parse_args(argv)
     state = None
     try:
@@ -419,7 +423,8 @@ def main(argv=None, optimizer=torch.optim.AdamW):
         batches, val_batches = load_batches(args, model, tokenizer)
     except (ValueError, OSError) as e:
         fail(e)
-    run(args, model, batches, val_batches, lambda directory: save_model(directory, model, tokenizer), state, optimizer)
+    run(args, model, batches, val_batches, lambda directory: save_model(directory, model, tokenizer), state,
+        make_optimizer)
     best, tokenizer = load_model(args.out)
     print_cases(best.to(device, torch.float32).eval(), tokenizer)
 

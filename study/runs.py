@@ -213,7 +213,8 @@ class Lab:
         directory.mkdir(parents=True, exist_ok=True)
         more = {}
         if run.argv[0] == "train_sft.py":
-            more["optimizer"] = functools.partial(OPTIMIZERS[run.optimizer], horizon=max(1.0, EMA_HORIZON * self.steps))
+            cls = functools.partial(OPTIMIZERS[run.optimizer], horizon=max(1.0, EMA_HORIZON * self.steps))
+            more["make_optimizer"] = functools.partial(train_sft.adamw, cls=cls)
         failed, start = None, time.perf_counter()
         with open(directory / "output.txt", "a", encoding="utf-8") as f, \
                 contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):

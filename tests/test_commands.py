@@ -1,4 +1,5 @@
 """Every command as a user types it, in-process: what it prints, what it writes, and what it says to bad input."""
+import copy
 import json
 import shutil
 import subprocess
@@ -84,6 +85,32 @@ def test_without_init_the_base_that_ships_is_tuned(model_dir, tmp_path, monkeypa
     monkeypatch.undo()
     monkeypatch.setattr(checkpoint, "WEIGHTS", "none")
     refused(train_sft.main, ["--out", tmp_path / "c"], "no base model", "--init")
+
+
+def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest(tok):
+    model = random_model(tiny_config(tok.vocab_size))
+    first, second = (pretrain.MuonAdamW(model, 1e-3, 0.1, (0.9, 0.95)) for _ in range(2))
+    groups = first.param_groups
+    every = [id(p) for group in groups for p in group["params"]]
+    assert sorted(every) == sorted(map(id, model.parameters()))  # each of them once
+    muon, = (group for group in groups if "lr_scale" in group)
+    assert {id(p) for p in muon["params"]} == {id(p) for p in model.model.layers.parameters() if p.dim() == 2}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    first.step()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    before = [p.clone() for p in model.parameters()]
+    first.step()
+    once = [p.clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p, old in zip(model.parameters(), before):
+            p.copy_(old)
+    second.step()
+    assert all(torch.equal(p, other) for p, other in zip(model.parameters(), once))
+    first.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="another optimizer"):
+        first.load_state_dict(train_sft.adamw(model).state_dict())
 
 
 def test_pretrain_without_data_reads_the_built_in_books(tmp_path, monkeypatch, capsys):

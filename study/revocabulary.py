@@ -1,0 +1,58 @@
+"""Give a model another tokenizer: python study/revocabulary.py base out/tok/tokenizer.model out/widened
+
+The layers are kept. A piece that the old tokenizer also has keeps its embedding; any other gets the mean of the
+embeddings of the old pieces that spell it. Continue pretraining from there (`pretrain.py --init`).
+"""
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import tokenizer as tokenizers  # noqa: E402
+from checkpoint import load_model, save_model  # noqa: E402
+from common import command_line, fail  # noqa: E402
+from model import GPT  # noqa: E402
+
+
+def spelling(piece_id, new, old):
+    """The old ids that stand for a piece of the new tokenizer: its own, or those that spell it. Bytes and specials
+    have the same names in both."""
+    piece = new.sp.id_to_piece(piece_id)
+    if (same := old.sp.piece_to_id(piece)) != old.sp.unk_id() or piece == old.sp.id_to_piece(old.sp.unk_id()):
+        return [same]
+    return old.encode(new.decode([piece_id])) or [old.sp.unk_id()]
+
+
+@torch.no_grad()
+def revocabulary(model, old, new):
+    """-> the model, in float32, with the vocabulary of the tokenizer `new`; its head is tied to its embedding."""
+    widened = GPT(replace(model.config, vocab_size=new.vocab_size, tie_embeddings=True))
+    weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    before = weights.pop("model.embed_tokens.weight")
+    weights.pop("lm_head.weight", None)
+    after = torch.stack([before[spelling(i, new, old)].mean(0) for i in range(new.vocab_size)])
+    widened.load_state_dict(weights | {"model.embed_tokens.weight": after, "lm_head.weight": after})
+    return widened
+
+
+def main(argv=None):
+    parser = command_line("Give a model another tokenizer.")
+    parser.add_argument("model", type=Path, help="model directory")
+    parser.add_argument("tokenizer", type=Path, help="tokenizer.model")
+    parser.add_argument("out", type=Path, help="where the model goes")
+    args = parser.parse_args(argv)
+    try:
+        model, old = load_model(args.model)
+        new = tokenizers.load(args.tokenizer)
+        save_model(args.out, revocabulary(model, old, new), new)
+    except (ValueError, OSError) as e:
+        fail(e)
+
+
+if __name__ == "__main__":
+    from study.revocabulary import main
+    main()
