@@ -1,7 +1,8 @@
 """Pretrain a base model on plain stories: python pretrain.py --data stories.jsonl --out out/my_base
 
-The loop is train_sft.py's. Here are the plain-text batches (stories packed one behind the other, EOS between them) and
-the settings of a base model. `--preset microstories` has the study's: 44M parameters, 512 x 512 tokens a step.
+The loop is train_sft.py's. Here are the plain-text batches (stories packed one behind the other, EOS between them), the
+optimizer and the settings of a base model. `--preset microstories` has the study's: 44M parameters, 512 x 512 tokens a
+step.
 --data may also be what data/prepare.py wrote: token files, and the tokenizer they were made with.
 """
 import hashlib
