@@ -2,8 +2,7 @@
 
 The loop is train_sft.py's. Here are the plain-text batches (stories packed one behind the other, EOS between them), the
 optimizer and the settings of a base model. `--preset microstories` has the study's: 44M parameters, 512 x 512 tokens a
-step.
---data may also be what data/prepare.py wrote: token files, and the tokenizer they were made with.
+step. --data may also be what data/prepare.py wrote: token files, and the tokenizer they were made with.
 """
 import hashlib
 import json
@@ -32,7 +31,7 @@ SETTINGS = {
                      "epochs": 1.0, "vocab_size": 65024},
 }
 BUILTIN_TOKENIZER = 12_000  # texts that the built-in corpus's tokenizer is trained on
-MUON_LR, MUON_DECAY = 20, 0.3  # Muon's learning rate and weight decay, as multiples of AdamW's
+MUON_LR = 6  # Muon's learning rate, as a multiple of AdamW's
 VAL_WINDOWS = 48  # of block_size tokens: enough to see the loss fall, and no time lost
 
 
@@ -51,8 +50,9 @@ def parse_args(argv=None):
 class MuonAdamW:
     """Muon (Jordan et al. 2024) for the matrices of the layers and AdamW for the rest, as one optimizer.
 
-    Muon's update is nearly orthogonal whatever the gradient's size, so it needs its own learning rate: MUON_LR times
-    AdamW's. --beta1 and --beta2 are AdamW's.
+    Muon's update is nearly orthogonal whatever the gradient's size; match_rms_adamw gives its entries a root mean
+    square of 0.2 learning rates in a matrix of any shape. That learning rate is MUON_LR times AdamW's. --beta1 and
+    --beta2 are AdamW's.
     """
 
     def __init__(self, model, lr, weight_decay, betas):
@@ -60,7 +60,7 @@ class MuonAdamW:
         chosen = set(map(id, matrices))
         others = [p for p in model.parameters() if id(p) not in chosen]
         muon = torch.optim.Muon([{"params": matrices, "lr_scale": MUON_LR}], lr=lr * MUON_LR,
-                                weight_decay=weight_decay * MUON_DECAY)
+                                weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.parts = [adamw(model, lr, weight_decay, betas, params=others), muon]
 
     @property

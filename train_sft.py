@@ -82,7 +82,8 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
     norm, 0 is off. eval_every, save_every: in steps (default: a fifth of all). dtype: "bf16-mixed" runs loss_fn under
     autocast. optimizer: over these parameters (default: `adamw`). state: what `load_last` gives, to resume.
     seed: of what is drawn in a step (dropout). Ctrl-C and SIGTERM save, then exit 130. Raises FloatingPointError when
-    the loss is not finite and OSError when something cannot be written; the last save stays.
+    the loss is not finite, OSError when something cannot be written; the last save stays. ValueError when the state is
+    another optimizer's.
     """
     out = Path(out)
     warmup = min(100, steps // 10) if warmup is None else warmup
@@ -101,7 +102,10 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
     if state:
         done, best = state["step"], state["best"]
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError("the run was begun with another optimizer") from None
         for group, now in zip(optimizer.param_groups, settings):
             group.update(now)  # this call's settings, not those of the call that saved
     log = open_log(out, done)
@@ -311,7 +315,9 @@ def run(args, model, batches, val_batches, save, state=None, make_optimizer=adam
               optimizer=make_optimizer(model, args.lr, args.weight_decay, (args.beta1, args.beta2)), state=state)
     except FloatingPointError as e:
         raise SystemExit(f"error: {e}" if rank() == 0 else 1) from None
-    except ValueError as e:  # the optimizer's: its saved state is another one's
+    except ValueError as e:
+        if state is None:
+            raise
         fail(f"--resume: {args.out}: {e}")
     except OSError as e:
         last = args.out / "last"

@@ -14,7 +14,7 @@ import torch  # noqa: E402
 
 import tokenizer as tokenizers  # noqa: E402
 from checkpoint import load_model, save_model  # noqa: E402
-from common import command_line, fail  # noqa: E402
+from common import command_line, fail, new_directory  # noqa: E402
 from model import GPT  # noqa: E402
 
 
@@ -29,11 +29,12 @@ def spelling(piece_id, new, old):
 
 @torch.no_grad()
 def revocabulary(model, old, new):
-    """-> the model, in float32, with the vocabulary of the tokenizer `new`; its head is tied to its embedding."""
-    widened = GPT(replace(model.config, vocab_size=new.vocab_size, tie_embeddings=True))
+    """-> the model, in float32, with the vocabulary of the tokenizer `new`. Raises ValueError for a head of its own."""
+    if not model.config.tie_embeddings:
+        raise ValueError("the model's head is not tied to its embedding")
+    widened = GPT(replace(model.config, vocab_size=new.vocab_size))
     weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
-    before = weights.pop("model.embed_tokens.weight")
-    weights.pop("lm_head.weight", None)
+    before = weights["model.embed_tokens.weight"]
     after = torch.stack([before[spelling(i, new, old)].mean(0) for i in range(new.vocab_size)])
     widened.load_state_dict(weights | {"model.embed_tokens.weight": after, "lm_head.weight": after})
     return widened
@@ -46,9 +47,12 @@ def main(argv=None):
     parser.add_argument("out", type=Path, help="where the model goes")
     args = parser.parse_args(argv)
     try:
+        if args.out.exists():
+            raise ValueError(f"{args.out} is there already")
         model, old = load_model(args.model)
         new = tokenizers.load(args.tokenizer)
-        save_model(args.out, revocabulary(model, old, new), new)
+        with new_directory(args.out) as work:
+            save_model(work, revocabulary(model, old, new), new)
     except (ValueError, OSError) as e:
         fail(e)
 

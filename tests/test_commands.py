@@ -111,6 +111,29 @@ def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest(tok):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_muon_resumes_to_the_same_bytes_and_never_as_another_optimizer(stories_file, tmp_path, monkeypatch, capsys):
+    for name, steps in (("straight", "4"), ("stopped", "2")):
+        pretrain.main(["--data", str(stories_file), "--out", str(tmp_path / name), "--max-steps", steps, "--min-lr",
+                       "2e-3", "--warmup", "0", *TINY])
+    monkeypatch.setattr(pretrain, "has_bf16", lambda device: False)  # begun on one processor, resumed on another
+    last = tmp_path / "stopped" / "last" / checkpoint.WEIGHTS
+    before = last.read_bytes()
+    argv = ["--resume", "--out", str(tmp_path / "stopped"), "--max-steps", "4"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main(argv)
+    notice, error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "no bfloat16: AdamW instead of Muon" in notice
+    assert "error: --resume" in error and "another optimizer" in error
+    assert last.read_bytes() == before
+    monkeypatch.undo()
+    pretrain.main(argv)
+    assert last.read_bytes() == (tmp_path / "straight" / "last" / checkpoint.WEIGHTS).read_bytes()
+    pretrain.main(["--data", str(stories_file), "--out", str(tmp_path / "slower"), "--max-steps", "4", "--min-lr",
+                   "1e-3", "--lr", "1e-3", "--warmup", "0", *TINY])
+    assert last.read_bytes() != (tmp_path / "slower" / "last" / checkpoint.WEIGHTS).read_bytes()
+
+
 def test_pretrain_without_data_reads_the_built_in_books(tmp_path, monkeypatch, capsys):
     for name, n in (("BOOKS", 300), ("EXERCISES", 30)):
         monkeypatch.setattr(builtin, name, n)

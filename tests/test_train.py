@@ -222,6 +222,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_weights(mode
     assert all(p.isfinite().all() for p in model.parameters()) and state["step"] < 20
 
 
+def test_a_group_of_parameters_may_have_a_learning_rate_of_its_own(tmp_path, tok):
+    model = random_model(tiny_config(tok.vocab_size))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    groups = [{"params": [p], "lr_scale": name.endswith("norm.weight") * 3.0} for name, p in model.named_parameters()]
+    x = torch.randint(5, tok.vocab_size, (2, 9))
+    train_sft.train(model, lambda step: [(x[:, :-1], x[:, 1:])], [], tmp_path, lambda directory: None, steps=1, lr=0.1,
+                    min_lr=0.1, warmup=0, grad_clip=0, optimizer=torch.optim.SGD(groups))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != name.endswith("norm.weight"), name
+
+
 def test_resume_refuses_other_data(straight, tmp_path, pairs, refused):
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(r) + "\n" for r in pairs[:30]), encoding="utf-8")

@@ -2,14 +2,14 @@
 import torch
 from conftest import random_model, tiny_config
 
-from checkpoint import load_model, save_model
+from checkpoint import WEIGHTS, load_model, save_model
 from pretrain import train_tokenizer
 from study import revocabulary
 
 TEXTS = ["小猫在河边捡到一把铲子。", "山坡上飘来一阵香味。"] * 200
 
 
-def test_known_pieces_keep_their_embeddings(tok, tmp_path):
+def test_known_pieces_keep_their_embeddings(tok):
     model = random_model(tiny_config(tok.vocab_size))
     new = train_tokenizer(TEXTS, 340)
     widened = revocabulary.revocabulary(model, tok, new)
@@ -33,3 +33,9 @@ def test_the_command_writes_a_model_that_loads(tok, tmp_path, refused):
     model, tokenizer = load_model(tmp_path / "out")
     assert model.config.vocab_size == tokenizer.vocab_size == new.vocab_size
     refused(revocabulary.main, [tmp_path / "none", argv[1], tmp_path / "x"], "none")
+    before = (tmp_path / "out" / WEIGHTS).read_bytes()
+    refused(revocabulary.main, argv, tmp_path / "out", "already")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
+    save_model(tmp_path / "untied", random_model(tiny_config(tok.vocab_size, tie_embeddings=False)), tok)
+    refused(revocabulary.main, [tmp_path / "untied", argv[1], tmp_path / "x"], "not tied")
+    assert not (tmp_path / "x").exists()
