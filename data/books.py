@@ -23,10 +23,10 @@ from constraints import SENTENCE, SUMMARY, WORDS, sentences  # noqa: E402
 from data import generate, language  # noqa: E402
 
 # probabilities
-AUTHORED, SHORT = 0.05, 0.35                # texts that are authored stories; of the others, those of scenes alone
-NAMED = {WORDS: 0.65, SENTENCE: 0.45, SUMMARY: 0.3}     # what stands before or behind a text
+AUTHORED, SHORT = 0.05, 0.4                # texts that are authored stories; of the others, those of scenes alone
+NAMED = {WORDS: 0.85, SENTENCE: 0.5, SUMMARY: 0.3}     # what stands before or behind a text
 FIELD = {WORDS: "words", SENTENCE: "sentence", SUMMARY: "summary"}  # of a story record, and of books.toml
-TITLE, BEFORE, ELSEWHERE, SECOND = 0.3, 0.75, 0.1, 0.12
+TITLE, BEFORE, ELSEWHERE, SECOND = 0.3, 0.85, 0.1, 0.12
 STRANGE = {"authored": 0.3, "words": 0.1, "characters": 0.2}    # sentences of scenes that no grammar makes
 EXERCISED = 2000    # stories whose sentences are read out in exercises
 AGAIN = 7           # times, at most, that an exercise repeats its line
