@@ -9,9 +9,11 @@ SEEDS = {  # of data/generate.py and data/books.py
     "pretraining": 1,
     "fine-tuning": 2,
     "more fine-tuning": 5,   # of runs/longer.sh
+    "reinforcement": 6,
     # to judge by
     "pretraining, validation": 3,
     "fine-tuning, validation": 4,
+    "reinforcement, validation": 7,
     "features": 97,          # the labelled stories of study/features.py
     "plain stories": 98,     # on which forgetting is measured
     "instructions": 99,      # of words and sentences that no training story has
@@ -53,6 +55,22 @@ def fine_tuning_validation():
     """-> instruction records of other stories."""
     seed = SEEDS["fine-tuning, validation"]
     return list(generate.instructions(generate.stories(VALIDATION_STORIES, seed), seed))
+
+
+def reinforcement(n):
+    """-> instructions of n stories, which is what train_rl.py lets a model write."""
+    return list(instruction_rows(n, SEEDS["reinforcement"]))
+
+
+def reinforcement_validation(n):
+    """-> instructions of n other stories, by which it chooses the best model."""
+    return list(instruction_rows(n, SEEDS["reinforcement, validation"]))
+
+
+def instruction_rows(n, seed):
+    """Yield the instructions of n stories as rows of data/judged.py, with the story."""
+    for record in generate.instructions(generate.stories(n, seed), seed):
+        yield {"constraints": record["constraints"], "story": record["output"]}
 
 
 def plain_stories():
