@@ -36,10 +36,10 @@ RARE_WORDS = "饕餮", "貔貅", "鸬鹚", "龃龉", "氤氲", "旖旎", "魍魉
 TELLING = 0.15  # `overlap` of a summary with its own story: then the rule is right of 98 in 100
 
 
-def read_rows(path):
+def read_rows(path, encoding="utf-8"):
     """Instruction records -> [{"constraints", "story" or None}]. Raises ValueError naming file and row."""
     rows = []
-    for number, record in read_records(path):
+    for number, record in read_records(path, encoding):
         where = f"{path}: row {number}"
         story = text_field(path, number, record, ["output"], required=False)
         given = record.get("constraints")
