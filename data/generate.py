@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402
 
-from common import check_writable, command_line, fail, write_jsonl  # noqa: E402
+from common import check_writable, command_line, fail, seed_number, write_jsonl  # noqa: E402
 from constraints import (  # noqa: E402
     FEATURE,
     FEATURES,
@@ -517,7 +517,7 @@ def segments(texts):
 def parse_args(argv=None):
     parser = command_line("Compose small Chinese stories with truthful labels.")
     parser.add_argument("--n", type=int, default=20000, help="number of stories")
-    parser.add_argument("--seed", type=int, default=1, help="same seed, same stories")
+    parser.add_argument("--seed", type=seed_number, default=1, help="same seed, same stories")
     parser.add_argument("--split", choices=("train", "heldout"), default="train",
                         help="heldout: asked words and sentences are ones that no train story has")
     parser.add_argument("--out", default="out/data/stories.jsonl", help="story records, JSONL; overwritten")
