@@ -22,6 +22,7 @@ BOOKS, EXERCISES = 250_000, 12_500  # texts of pretraining
 VALIDATION_STORIES = 200
 STORIES = 4800                      # of fine-tuning, besides the authored ones
 REPLAYED = 5000                     # texts of pretraining that --replay draws from
+REINFORCED = 2400                   # instructions of train_rl.py
 PLAIN, INSTRUCTIONS = 100, 600
 
 
@@ -57,9 +58,9 @@ def fine_tuning_validation():
     return list(generate.instructions(generate.stories(VALIDATION_STORIES, seed), seed))
 
 
-def reinforcement(n):
-    """-> instructions of n stories, which is what train_rl.py lets a model write."""
-    return list(instruction_rows(n, SEEDS["reinforcement"]))
+def reinforcement():
+    """-> the instructions that train_rl.py lets a model write stories for."""
+    return list(instruction_rows(REINFORCED, SEEDS["reinforcement"]))
 
 
 def reinforcement_validation(n):
