@@ -242,7 +242,7 @@ def test_user_errors_are_one_line(run, tmp_path, refused, monkeypatch):
     run.data.write_text("".join(json.dumps({"instruction": f"特点：{name}"}) + "\n"
                                 for name in ("转折", "坏结局", "伏笔", "冲突", "道德价值")), encoding="utf-8")
     refused(train_rl.main, usual, "can be checked")
-    run.data.write_text("".join(json.dumps({"instruction": "摘要：" + a * 300 + "\n词汇：猫"}) + "\n" for a in "长短大小"))
+    run.data.write_text("".join(json.dumps({"instruction": f"摘要：{a * 300}\n词汇：猫"}) + "\n" for a in "长短大小"))
     refused(train_rl.main, usual, "leaves no room")
     assert not list((tmp_path / "new").glob("*.safetensors"))
 
