@@ -23,16 +23,13 @@ from constraints import SENTENCE, SUMMARY, WORDS, sentences  # noqa: E402
 from data import generate, language  # noqa: E402
 
 # probabilities
-AUTHORED, SHORT = 0.05, 0.4                # texts that are authored stories; of the others, those of scenes alone
-NAMED = {WORDS: 0.85, SENTENCE: 0.5, SUMMARY: 0.3}     # what stands before or behind a text
+AUTHORED, SHORT = 0.05, 0.6                # texts that are authored stories; of the others, those of scenes alone
+NAMED = {WORDS: 0.9, SENTENCE: 0.6, SUMMARY: 0.35}     # what stands before or behind a text
 FIELD = {WORDS: "words", SENTENCE: "sentence", SUMMARY: "summary"}  # of a story record, and of books.toml
-TITLE, BEFORE, ELSEWHERE, SECOND = 0.3, 0.85, 0.1, 0.12
-STRANGE = {"authored": 0.3, "words": 0.1, "characters": 0.2}    # sentences of scenes that no grammar makes
+TITLE, BEFORE, ELSEWHERE, SECOND = 0.3, 0.9, 0.05, 0.06
+STRANGE = {"words": 0.15, "characters": 0.15}    # sentences of scenes that no grammar makes
 EXERCISED = 2000    # stories whose sentences are read out in exercises
 AGAIN = 7           # times, at most, that an exercise repeats its line
-# a general list of characters, GB2312 level 1: 3,755 common ones, by rows 16 to 55 of its table
-CHARACTERS = bytes(byte for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF) for byte in (row, cell)).decode(
-    "gb2312", errors="ignore")
 
 
 def load():
@@ -78,33 +75,34 @@ def story(world, forms, rng):
 
 
 def strange_sentence(world, rng):
-    """A sentence that can be reproduced only by copying: an authored one, words in a row, characters at random; or else
-    one of the grammar."""
+    """Words in a row, characters at random; or else a sentence as in a fine-tuning story."""
     of = rng.random()
-    if (of := of - STRANGE["authored"]) < 0:
-        return rng.choice(generate.authored_sentences())
     if (of := of - STRANGE["words"]) < 0:
-        return "".join(entry["word"] for entry in generate.asked_words(world, rng, rng.randint(2, 6))) + "。"
+        words = generate.asked_words(world, rng, rng.randint(2, 6))
+        return "".join(entry["word"] for entry in words) + rng.choice(generate.MARKS)
     if (of := of - STRANGE["characters"]) < 0:
-        return "".join(rng.choices(CHARACTERS, k=rng.randint(5, 14))) + "。"
+        return "".join(rng.choices(generate.CHARACTERS, k=rng.randint(5, 14))) + rng.choice(generate.MARKS)
     return generate.free_sentence(world, rng)
 
 
 def scenes(world, forms, rng):
-    """A short text: scenes and sentences, each of which brings in something that is named before or behind it."""
+    """A short text: scenes, each of which brings in something that is named before or behind it, and a sentence."""
     hero, _, _ = generate.draw(world, {"hero": language.tables_of(world["lexicon"], "主角", "books.py")}, rng)
     words = generate.asked_words(world, rng, rng.choice((0, 1, 2, 2, 3, 3, 4, 5)))
-    strange = [strange_sentence(world, rng) for _ in range(rng.choice((0, 0, 1, 1, 2) if words else (1, 2, 3)))]
-    parts, missing, used = list(strange), words, []
+    sentence = strange_sentence(world, rng) if not words or rng.random() < 0.6 else ""
+    parts, missing, used = [], words, []
     while missing:
         text, brought, _ = generate.choose_scene(world, rng, missing, hero, True, [], used)
         missing = [word for word in missing if word not in brought]
-        parts.insert(rng.choice((0, len(parts), rng.randint(0, len(parts)))), text)
+        parts.append(text)
+    if sentence:
+        parts.insert(rng.choice((0, len(parts), rng.randint(0, len(parts)))), sentence)
+    if rng.random() < 0.2:  # one that nothing names
+        parts.insert(rng.randint(0, len(parts)), strange_sentence(world, rng))
     text = "".join(parts)
-    named = sorted((word["word"] for word in words), key=text.find if rng.random() < 0.7 else lambda _: rng.random())
-    labels = {WORDS: named} if named else {}
-    if strange and rng.random() < 0.85:
-        labels[SENTENCE] = "".join(strange)
+    in_order = rng.random() < generate.IN_ORDER
+    named = sorted((word["word"] for word in words), key=text.find if in_order else lambda _: rng.random())
+    labels = ({WORDS: named} if named else {}) | ({SENTENCE: sentence} if sentence else {})
     return around(text, labels, None, world, forms, rng)
 
 
@@ -136,7 +134,7 @@ def lines(world, rng):
     def words():
         return "、".join(entry["word"] for entry in generate.asked_words(world, rng, rng.randint(2, 9)))
     return {"sentences": lambda: "".join(rng.sample(some, rng.choice((1, 1, 2)))), "words": words,
-            "characters": lambda: "".join(rng.choices(CHARACTERS, k=rng.randint(4, 16)))}
+            "characters": lambda: "".join(rng.choices(generate.CHARACTERS, k=rng.randint(4, 16)))}
 
 
 def exercises(n, seed):

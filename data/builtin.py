@@ -18,7 +18,7 @@ SEEDS = {  # of data/generate.py and data/books.py
     "plain stories": 98,     # on which forgetting is measured
     "instructions": 99,      # of words and sentences that no training story has
 }
-BOOKS, EXERCISES = 250_000, 12_500  # texts of pretraining
+BOOKS, EXERCISES = 300_000, 12_500  # texts of pretraining
 VALIDATION_STORIES = 200
 STORIES = 4800                      # of fine-tuning, besides the authored ones
 REPLAYED = 5000                     # texts of pretraining that --replay draws from

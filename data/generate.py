@@ -45,6 +45,7 @@ STORY_CHARS = {"short": (40, 380), "long": (120, 430)}   # by `length` of the pl
 LEAST_RECURRENCE = {"short": 2, "long": 3}
 SUMMARY_CHARS = 8, 60
 SENTENCE_CHARS = 5, 30          # of the sentence that serves as 随机句子
+IN_ORDER = 0.85                 # share of lists whose words come in the order in which they are told
 TALK = 0.64                     # share of stories that may use phrasings with speech in them
 OPEN_PLOTS = 0.7                # share of stories that have an open plot
 LEAK = 8                        # no training text shares so many characters in a row with what models are judged by
@@ -52,8 +53,12 @@ FRONT = 0.85                    # share of asked things that come at the first p
 ASKED_WORDS = 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5
 FREE_SENTENCE = 0.8             # share of asked sentences that come from outside the plot
 AUTHORED_SENTENCE = 0.15        # of these: sentences of authored stories
+SPLICED = 0.5                   # of these: pieces of several sentences, so that nothing but copying tells what comes next
+MARKS = "。。。！！？"           # at their end
+MADE_UP = 0.08                  # share of asked words that are in no list
 OWN_WORDS = {"short": 0.2, "long": 0.6}     # share of stories whose 词汇 has words that the plot's slots drew, too
 PLOTS_SEEN, SCENES_SEEN = 5, 4  # candidates drawn; the one with room for most of the asked words is taken
+WORD_FIRST = 0.8                # share of scenes that begin with their word: to tell it is then no more than to copy it
 ANY_SCENE = 0.08                # share of scenes that would suit any word, where its class has its own
 AFFINITY, FAVOURITES = 0.8, 3   # see `prefer`
 LISTED_NAMES = 0.7              # share of names that are of the lexicon, where nothing is asked
@@ -63,6 +68,9 @@ CLASSES = {  # what is asked for, by class: relative frequencies
     "东西": 16, "吃的": 9, "动物": 10, "植物": 6, "地方": 11, "人物": 6, "大件": 5, "车船": 3, "喝的": 3, "天上": 5,
     "材料": 3, "身体": 3, "声音": 3, "活动": 5, "想法": 6, "时间": 4, "动作": 8, "做": 5, "心里": 4, "变化": 4,
     "样子": 10, "心情": 5, "性格": 5, "环境": 4, "怎样": 4, "响声": 2, "成语做": 1, "成语景": 1, "成语": 1, "其他": 3}
+# a general list of characters, GB2312 level 1: 3,755 common ones, by rows 16 to 55 of its table
+CHARACTERS = bytes(byte for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF) for byte in (row, cell)).decode(
+    "gb2312", errors="ignore")
 # of made-up names
 FIRST = "小阿大"
 SECOND = ("安白冰彩晨春丹冬朵帆方芳飞枫风歌光桂果海禾荷红虎花欢吉佳江金晶静菊军可兰乐雷梨力丽莲亮林铃玲柳龙露路"
@@ -111,8 +119,11 @@ def asked_words(world, rng, n, held_out=False):
     words = []
     classes = {name: share for name, share in CLASSES.items() if not held_out or world["lexicon"][name]["held_out"]}
     while len(words) < n:
-        name, = rng.choices(list(classes), classes.values())
-        entry = draw_entry(world["lexicon"][name], rng, held_out)
+        if not held_out and rng.random() < MADE_UP:
+            entry = {"word": "".join(rng.choices(CHARACTERS, k=rng.choice((2, 2, 3)))), "class": ""}
+        else:
+            name, = rng.choices(list(classes), classes.values())
+            entry = draw_entry(world["lexicon"][name], rng, held_out)
         if not clashes(entry["word"], [other["word"] for other in words]):
             words.append(entry)
     return words
@@ -132,12 +143,36 @@ def authored_sentences():
 
 
 def free_sentence(world, rng, held_out=False):
-    """A sentence that belongs to no plot."""
+    """A sentence that belongs to no plot; if not held_out, often one that no grammar makes. A model that could tell from
+    its first half how a sentence ends would learn that instead of copying."""
+    if not held_out and rng.random() < SPLICED:
+        return spliced(world, rng)
     if not held_out and rng.random() < AUTHORED_SENTENCE:
         return rng.choice(authored_sentences())
+    return plain_sentence(world, rng)
+
+
+def plain_sentence(world, rng):
+    """A sentence of the grammar."""
     while True:
         phrasing = rng.choice(world["sentences"])
         text = fill(choose(phrasing["parts"], rng), draw(world, phrasing["slots"], rng)[0])
+        if SENTENCE_CHARS[0] <= len(text) <= SENTENCE_CHARS[1] and not leaks(text):
+            return text
+
+
+def spliced(world, rng):
+    """A sentence of pieces of one to four, with another mark at its end."""
+    while True:
+        n = rng.choice((1, 1, 1, 2, 2, 2, 3, 3, 4))
+        pieces = []
+        for i in range(n):
+            whole = rng.choice(authored_sentences()) if rng.random() < 0.5 else plain_sentence(world, rng)
+            whole = re.sub("[。！？…]", "", whole)
+            length = len(whole) if n == 1 else rng.randint(2, 18 // n + 2)
+            start = rng.randint(0, max(0, len(whole) - length)) if i else 0
+            pieces.append(whole[start:start + length].strip("，、："))
+        text = "".join(pieces) + rng.choice(MARKS)
         if SENTENCE_CHARS[0] <= len(text) <= SENTENCE_CHARS[1] and not leaks(text):
             return text
 
@@ -268,8 +303,9 @@ def choose_scene(world, rng, words, values, talk, taken, before):
     best = None
     for _ in range(SCENES_SEEN):
         name = ANY if word["class"] not in world["scenes"] or rng.random() < ANY_SCENE else word["class"]
-        scene = rng.choice([scene for scene in world["scenes"][name]
-                            if (talk or not scene["speech"]) and scene not in before])
+        scenes = [scene for scene in world["scenes"][name] if (talk or not scene["speech"]) and scene not in before]
+        word_first = [scene for scene in scenes if scene["text"].lstrip("“‘").startswith(f"{{{name}}}")]
+        scene = rng.choice(word_first if word_first and rng.random() < WORD_FIRST else scenes)
         slots = {slot: tables for slot, tables in scene["slots"].items() if slot not in ("hero", name)}
         own, _, drawn = draw(world, slots, rng, others, taken=[*taken, word["word"]])
         own |= {name: word["word"]} | {f"{name}.{column}": cell for column, cell in word.items()}
@@ -289,12 +325,12 @@ def arrange(beats, extras, rng):
     places = [i for i, beat in enumerate(beats) if i == 0 or beat[0] not in "他她它"]
     if len(places) == 1:
         places.append(len(beats) - 1)
-    at = 0 if rng.random() < 0.35 else 1  # an index into places
+    at = 0 if rng.random() < 0.25 else 1  # an index into places
     for text, names_hero in extras:
         if rng.random() < FRONT:
             at = min(max(at, int(names_hero)), len(places) - 1)
             before[places[at]] += text
-            at += rng.random() < 0.5
+            at += rng.random() < 0.3
         else:
             before[rng.choice(places[1:])] += text
     return "".join(extra + beat for extra, beat in zip(before, beats))
@@ -344,7 +380,7 @@ def tell(world, rng, words, sentence, key, talk, like=None):
              if not (optional and rng.random() < 0.5)]
     summary = choose(rng.choice(ending["summary"]), rng)
     used = set().union(*map(slots_in, beats), slots_in(summary), {plot["central"]})
-    begin = set().union(*map(slots_in, beats[:2 if plot["open"] else 1]))
+    begin = slots_in(beats[0])
     # asked words take slots that come early; those without one get a scene
     slots = {slot: tables for slot, tables in plot["slots"].items() if slot in used}
     early = [slot for slot in slots if slot in begin or rng.random() > FRONT]
@@ -382,7 +418,7 @@ def words_label(there, text, source, words, rng, held_out):
         own = [word for word in there if text.index(word) < len(text) // 2 and not clashes(word, [first, *others])]
         own = rng.sample(own, min(len(own), rng.choice((1, 1, 2))))
         others = (others[1:] if rng.random() < 0.5 else others) + own
-    if rng.random() < 0.7:
+    if rng.random() < IN_ORDER:
         others.sort(key=text.index)
     else:
         rng.shuffle(others)
