@@ -55,6 +55,10 @@ class Decoder:
             x = torch.addmm(x, F.silu(gate).mul_(up), down)
         return torch.mm(normed(x.view(B, T, -1)[:, -1], self.norm), self.head)
 
+    def repeat(self, times):
+        """Go on with so many copies of each row, side by side."""
+        self.cache = self.cache.repeat_interleave(times, dim=1)
+
     def keep(self, rows):
         """Go on with these rows (a rising list) alone."""
         for new, old in enumerate(rows):
@@ -85,13 +89,14 @@ def normed(x, factors):
 
 
 @torch.inference_mode()
-def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, eos_id=None, seed=None):
+def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, eos_id=None, seed=None, samples=1):
     """Continue several prompts at once; after each step yield a list with one new id a prompt.
 
     prompts: lists of ids, of unequal length if need be. A row ends with eos_id (which is not yielded), after
     max_new_tokens, or when block_size is full; from then on its entry is None. temperature 0 is argmax; top_k
     keeps the k likeliest ids, top_p of these the fewest that hold that share of the probability. The same seed
-    gives the same ids. Raises ValueError for a prompt without room and for sampling values out of range.
+    gives the same ids. samples: each prompt is read once and continued so many times, as if the list had it so many
+    times in a row. Raises ValueError for a prompt without room and for sampling values out of range.
     """
     limit = model.config.block_size
     if not temperature >= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
@@ -115,10 +120,16 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.
         itself = torch.eye(longest, dtype=torch.bool, device=device)  # what pads sees no other slot
         mask = (slots[:longest] <= slots[:longest, None]) & seen[..., :longest] | itself  # (B, 1, T, T)
 
+    prompts = [prompt for prompt in prompts for _ in range(samples)]
     rows = list(range(len(prompts)))  # the prompts in the batch
     alive = [i for i in rows if len(prompts[i]) < limit]  # the places in the batch that go on
     for used in range(longest, len(slots)):  # slots in use
-        ids = sample_next(decoder(idx, pos, mask).float(), temperature, top_k, top_p, rng)  # (B,)
+        logits = decoder(idx, pos, mask).float()  # (B, V)
+        if used == longest and samples > 1:
+            decoder.repeat(samples)
+            logits, pads = logits.repeat_interleave(samples, dim=0), pads.repeat_interleave(samples)
+            seen = seen if seen is None else seen.repeat_interleave(samples, dim=0)
+        ids = sample_next(logits, temperature, top_k, top_p, rng)  # (B,)
         new = ids.tolist()
         alive = [i for i in alive if new[i] != eos_id]
         if not alive:
@@ -140,10 +151,10 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.
         mask = seen if seen is None else seen[..., :used + 1]
 
 
-def generate(model, prompts, max_new_tokens, **sampling):
-    """`stream`, collected: a list of new ids a prompt."""
-    out = [[] for _ in prompts]
-    for ids in stream(model, prompts, max_new_tokens, **sampling):
+def generate(model, prompts, max_new_tokens, samples=1, **sampling):
+    """`stream`, collected: a list of new ids a prompt, or `samples` of them."""
+    out = [[] for _ in range(len(prompts) * samples)]
+    for ids in stream(model, prompts, max_new_tokens, samples=samples, **sampling):
         for row, i in zip(out, ids):
             if i is not None:
                 row.append(i)

@@ -6,6 +6,7 @@ rules) and the floor (the untuned base). Every rate has a 95% bootstrap interval
 
 Of the features a rule sees only 对话; what cannot be checked is left out, and counted.
 """
+import time
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
@@ -18,10 +19,11 @@ from common import check_writable, command_line, fail, not_negative, pick_device
 from constraints import EACH_WORD, FEATURE, FEATURES, KEYS, SENTENCE, SUMMARY, WORDS, check, outcomes, render
 from data import builtin
 from data.judged import add_rivals, builtin_rows, checkable, read_rows
-from dataset import by_length, mean_loss
-from sample import encode_request, generate_all
+from dataset import by_length, encode_prompt, mean_loss
+from sample import BEST_OF_TEMPERATURE, encode_request, generate_all, ranks
 
 RESAMPLES = 2000  # of the bootstrap
+BEST_OF = 4  # from so many stories an instruction on, the best of them is judged, too
 
 
 # ---- judging ----
@@ -43,8 +45,9 @@ def interval(groups, seed):
 
 
 def obedience(rows, stories, seed, detect=None):
-    """stories[i]: those of rows[i]. -> {"satisfied": {number of constraints: all of them met}, "by_kind": {constraint:
-    met}, "unchecked_features": how many}. Of each row those constraints count that can be checked."""
+    """stories[i]: those of rows[i]. -> {"satisfied": {number of constraints: all of them met}, "everything": the same,
+    whatever their number, "by_kind": {constraint: met}, "unchecked_features": how many}. Of each row those constraints
+    count that can be checked."""
     by_number, by_kind, unchecked = defaultdict(list), defaultdict(list), 0
     for row, own in zip(rows, stories):
         results = [met(row, story, detect) for story in own]
@@ -56,6 +59,7 @@ def obedience(rows, stories, seed, detect=None):
             by_number[len(keys)].append([all(result[key][0] for key in keys) for result in results])
     return {
         "satisfied": {str(k): interval(by_number[k], seed) for k in sorted(by_number)},
+        "everything": interval([group for k in sorted(by_number) for group in by_number[k]], seed),
         "by_kind": {name: interval(groups, seed) for name, groups in by_kind.items()},
         "unchecked_features": unchecked,
     }
@@ -64,14 +68,26 @@ def obedience(rows, stories, seed, detect=None):
 # ---- generating ----
 
 def write_stories(model, tokenizer, instructions, samples, seed, sampling, quiet=True):
-    """-> (a list of `samples` stories an instruction, the share of them that ended with EOS). Raises ValueError for an
-    instruction that leaves no room for a story."""
+    """-> (a list of `samples` stories an instruction, the share of them that ended with EOS, their ids). Raises
+    ValueError for an instruction that leaves no room for a story."""
     size, most = model.config.block_size, sampling["max_new_tokens"]
-    prompts = [encode_request(tokenizer, "instruction", text, size) for text in instructions for _ in range(samples)]
-    continued = generate_all(model, prompts, tokenizer.eos_id, seed, sampling, quiet)
-    ended = [len(ids) < min(most, size - len(prompt)) for ids, prompt in zip(continued, prompts)]
-    stories = [tokenizer.decode(ids) for ids in continued]
-    return [stories[i:i + samples] for i in range(0, len(stories), samples)], float(np.mean(ended))
+    prompts = [encode_request(tokenizer, "instruction", text, size) for text in instructions]
+    drawn = generate_all(model, prompts, tokenizer.eos_id, seed, sampling, quiet, samples)
+    ended = [len(ids) < min(most, size - len(prompt)) for prompt, some in zip(prompts, drawn) for ids in some]
+    return [[tokenizer.decode(ids) for ids in some] for some in drawn], float(np.mean(ended)), drawn
+
+
+def best_of(model, tokenizer, rows, drawn, max_new_tokens):
+    """What `sample.py --best-of k` would show, for k = 1, 2, 4, … -> {k: [the best story of each k draws of a row]}."""
+    samples = len(drawn[0])
+    chosen = {2 ** i: [] for i in range(samples.bit_length())}
+    for row, some in zip(rows, drawn):
+        prompt = encode_prompt(tokenizer, render(row["constraints"]))
+        worth = ranks(model, tokenizer, prompt, row["constraints"], some, max_new_tokens)
+        for k, stories in chosen.items():
+            groups = [range(i, i + k) for i in range(0, samples - k + 1, k)]
+            stories.append([tokenizer.decode(some[max(group, key=worth.__getitem__)]) for group in groups])
+    return chosen
 
 
 # ---- coherence and forgetting ----
@@ -104,7 +120,8 @@ def evaluate(model, tokenizer, rows, base=None, plain=(), samples=2, seed=1337, 
 
     rows: of `read_rows`. base: the untuned model with the same tokenizer, for gen_nll, base_nll and the floor. plain:
     held-out stories. detect(story) -> {feature: True or False}, for features that no rule can tell; measure(stories) ->
-    a dict of further numbers. Losses are in nats per token. The same seed gives the same dict.
+    a dict of further numbers. Losses are in nats per token. The same seed gives the same dict, but for the seconds that
+    writing the model's stories took.
     """
     left_out, rows = len(rows), checkable(rows, detect)
     left_out -= len(rows)
@@ -115,19 +132,24 @@ def evaluate(model, tokenizer, rows, base=None, plain=(), samples=2, seed=1337, 
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
     quiet = None if progress else True
     was_training = model.training
-    written, eos_rate = write_stories(model.eval(), tokenizer, instructions, samples, seed, sampling, quiet)
+    start = time.perf_counter()
+    written, eos_rate, drawn = write_stories(model.eval(), tokenizer, instructions, samples, seed, sampling, quiet)
+    seconds = time.perf_counter() - start
+    chosen = best_of(model, tokenizer, rows, drawn, max_new_tokens) if samples >= BEST_OF else {}
     floor = None
     if base is not None:
         base.eval()
         if with_floor:
-            floor, _ = write_stories(base, tokenizer, instructions, samples, seed, sampling, quiet)
+            floor, *_ = write_stories(base, tokenizer, instructions, samples, seed, sampling, quiet)
 
     def compare(of):
         """The model beside ceiling and floor, on the rows of these numbers."""
         known = [rows[i] for i in of if rows[i]["story"]]
         return obedience([rows[i] for i in of], [written[i] for i in of], seed, detect) | {
             "ceiling": obedience(known, [[row["story"]] for row in known], seed, detect) if known else None,
-            "floor": obedience([rows[i] for i in of], [floor[i] for i in of], seed, detect) if floor else None}
+            "floor": obedience([rows[i] for i in of], [floor[i] for i in of], seed, detect) if floor else None,
+            "best_of": {str(k): obedience([rows[i] for i in of], [stories[i] for i in of], seed, detect)
+                        for k, stories in chosen.items()}}
 
     sources = dict.fromkeys(row["source"] for row in rows if "source" in row)
     stories = [story for some in written for story in some]
@@ -143,6 +165,7 @@ def evaluate(model, tokenizer, rows, base=None, plain=(), samples=2, seed=1337, 
         "mean_chars": float(np.mean([len(story) for story in stories])),
         **(measure(stories) if measure else {}),
         "seed": seed,
+        "seconds": seconds,
     }
     model.train(was_training)
     return result
@@ -154,12 +177,20 @@ def table(result):
         return text + " " * (width - sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text))
 
     def cells(block, section, name):
-        parts = [(part or {}).get(section, {}).get(name) for part in (block, block["ceiling"], block["floor"])]
-        if not parts[0]:
+        parts = [(part.get(section, {}) if section else part).get(name)
+                 for part in (block, block["ceiling"] or {}, block["floor"] or {})]
+        if not parts[0] or not parts[0]["n"]:
             return f"{'–':>5}" + " " * 32
-        model, *others = [f"{part['rate']:.0%}" if part else "–" for part in parts]
+        model, *others = [f"{part['rate']:.0%}" if part and part["n"] else "–" for part in parts]
         bounds = f"{model} [{parts[0]['lo'] * 100:3.0f},{parts[0]['hi'] * 100:4.0f}]"
         return f"{parts[0]['n']:5}{bounds:>16}{others[0]:>9}{others[1]:>7}"
+
+    def best(source, k):
+        met = blocks[source]["best_of"][k]
+        rates = {name: met["by_kind"].get(name) for name in (WORDS, SENTENCE)} | {"everything": met["everything"]}
+        return f"best of {k}, {source}: " + ", ".join(
+            f"{name} {of['rate']:.0%} [{of['lo'] * 100:.0f}, {of['hi'] * 100:.0f}]" for name, of in rates.items()
+            if of and of["n"])
 
     def number(name, form):
         return "–" if result[name] is None else format(result[name], form)
@@ -168,16 +199,19 @@ def table(result):
     kinds = [WORDS, EACH_WORD, SENTENCE, SUMMARY, *(f"{FEATURE} {name}" for name in FEATURES)]
     names = [("by_kind", kind, kind) for kind in kinds if kind in result["by_kind"]]
     names += [("satisfied", k, f"all of {k}") for k in result["satisfied"]]
+    names += [(None, "everything", "everything")] if result["satisfied"] else []
     lines = [" " * 13 + "".join(f"{source:^40}" for source in blocks),
              "met".ljust(13) + "   ".join(f"{'n':>5}{'model':>16}{'ceiling':>9}{'floor':>7}" for _ in blocks)]
     lines += [pad(label, 13) + "   ".join(cells(block, section, name) for block in blocks.values())
               for section, name, label in names]
     return "\n".join(line.rstrip() for line in [
         *lines, "",
+        *(best(source, k) for source in blocks for k in blocks[source]["best_of"]),
         f"left out: {result['left_out']} instructions that ask only for features no rule can tell; "
         f"{result['unchecked_features']} such features of others",
         f"stories: {number('mean_chars', '.0f')} characters, {number('eos_rate', '.1%')} end with EOS; repeated "
-        f"4-grams {number('rep4', '.1%')}, distinct 2-grams {number('distinct2', '.1%')}",
+        f"4-grams {number('rep4', '.1%')}, distinct 2-grams {number('distinct2', '.1%')}; "
+        f"{result['seconds']:.0f} s",
         f"nats per token: plain stories {number('plain_nll', '.3f')} (base {number('base_nll', '.3f')}), "
         f"its own stories under the base {number('gen_nll', '.3f')}"])
 
@@ -190,10 +224,11 @@ def parse_args(argv=None):
                                                   "tokenizer)")
     parser.add_argument("--data", type=Path, help="instruction records (default: handwritten and generated ones)")
     parser.add_argument("--out", type=Path, help="folder for eval.json (default: --adapter, else --ckpt)")
-    parser.add_argument("--samples", type=positive(int), default=2,
-                        help="stories an instruction (default: %(default)s)")
-    parser.add_argument("--temperature", type=not_negative(float), default=0.2,
-                        help="0 is argmax (default: %(default)s)")
+    parser.add_argument("--samples", type=positive(int), default=2, metavar="N",
+                        help=f"stories an instruction; from {BEST_OF} on also the best of 1, 2, 4, … of them, as "
+                             "sample.py --best-of picks it (default: %(default)s)")
+    parser.add_argument("--temperature", type=not_negative(float),
+                        help=f"0 is argmax (default: 0.2; from {BEST_OF} samples on {BEST_OF_TEMPERATURE})")
     parser.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     return parser.parse_args(argv)
@@ -224,8 +259,11 @@ def main(argv=None):
         for some in filter(None, (model, base)):
             some.to(device, torch.float32)
         rows = read_rows(args.data) if args.data else builtin_rows()
-        result = evaluate(model, tokenizer, rows, base, builtin.plain_stories(), args.samples, args.seed,
-                          args.temperature, progress=True)
+        temperature = args.temperature
+        if temperature is None:
+            temperature = BEST_OF_TEMPERATURE if args.samples >= BEST_OF else 0.2
+        result = evaluate(model, tokenizer, rows, base, builtin.plain_stories(), args.samples, args.seed, temperature,
+                          progress=True)
         print(table(result))
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "eval.json", result | {

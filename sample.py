@@ -2,6 +2,7 @@
 
     python sample.py                                    the eight cases
     python sample.py --instruction "词汇：铲子，草地\\n特点：对话"
+    python sample.py --instruction "词汇：铲子，草地\\n特点：对话" --best-of 8
     python sample.py --prompt "从前有一只小猫"
     python sample.py --file prompts.txt --out stories.jsonl
 """
@@ -12,14 +13,16 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
 from checkpoint import find_model, load_model
 from common import fail, not_negative, number, pick_device, pick_dtype, positive
 from constraints import LIST_KEYS, check, outcomes, parse
-from dataset import encode_prompt
+from dataset import encode_prompt, in_batches
 from decoding import generate, stream
+from model import IGNORE
 from records import instruction_of, read_blocks, read_records
 
 # The study's test cases: shown, never trained on.
@@ -39,7 +42,8 @@ CASES = [
     ("instruction", f"{TWO_WORDS}\n{ANT}", COMBINED),
     ("instruction", f"{TWO_WORDS}\n{CLOUDS}\n{ANT}", COMBINED),
 ]
-BATCH = 64  # prompts that are continued at once
+BEST_OF_TEMPERATURE = 0.7
+BATCH = 64  # stories that are written at once
 JSON = re.compile(r"\s*(\{|\[\s*[{\]])")  # how a file of records begins; [词汇]：… is the text of a prompt
 
 
@@ -52,13 +56,17 @@ def encode_request(tokenizer, kind, text, block_size):
     return ids
 
 
+def flat(met):
+    """What `check` found -> {"词汇 铲子": True, "随机句子": False, …}, without what no rule can tell."""
+    found = {}
+    for key, value in met.items():
+        found |= {f"{key} {name}": ok for name, ok in value.items()} if key in LIST_KEYS else {key: value}
+    return {name: ok for name, ok in found.items() if ok is not None}
+
+
 def marks(met):
     """What `check` found, as a line to print: ✓ 词汇 铲子  ✗ 随机句子. Empty if no rule can tell."""
-    found = []
-    for key, value in met.items():
-        named = {f"{key} {name}": ok for name, ok in value.items()} if key in LIST_KEYS else {key: value}
-        found += [f"{'✓' if ok else '✗'} {name}" for name, ok in named.items() if ok is not None]
-    return "  ".join(found)
+    return "  ".join(f"{'✓' if ok else '✗'} {name}" for name, ok in flat(met).items())
 
 
 def counts(results):
@@ -71,26 +79,68 @@ def counts(results):
     return ", ".join(f"{name} {met[name]}/{of[name]}" for name in of)
 
 
-def print_story(model, tokenizer, kind, text, max_new_tokens, seed, sampling):
-    """Print one prompt, its story as it comes, and which constraints the story meets."""
+@torch.no_grad()
+def log_probs(model, x, y):
+    """x, y (B, T) as from `collate` -> the log probability of each y, in nats, float32 (B, T); 0 where y is IGNORE."""
+    device = model.lm_head.weight.device
+    return -F.cross_entropy(model(x.to(device)).float().transpose(1, 2), y.to(device), ignore_index=IGNORE,
+                            reduction="none")
+
+
+def mean_log_probs(model, prompt, drawn):
+    """The model's mean log probability, in nats per token, of each of the drawn continuations (lists of ids)."""
+    rows = [(prompt + ids, [IGNORE] * len(prompt) + ids) for ids in drawn]
+    return [mean for x, y in in_batches(rows, 16)
+            for mean in (log_probs(model, x, y).sum(1).cpu() / (y != IGNORE).sum(1).clamp(min=1)).tolist()]
+
+
+def ranks(model, tokenizer, prompt, constraints, drawn, max_new_tokens):
+    """The worth of each of the drawn continuations: (how much it meets of what a rule can tell, how likely it is). The
+    best is the largest."""
+    room = min(max_new_tokens, model.config.block_size - len(prompt))
+    ended = [ids + [tokenizer.eos_id] * (len(ids) < room) for ids in drawn]
+    met = [sum(flat(check(tokenizer.decode(ids), constraints)).values()) for ids in drawn]
+    return list(zip(met, mean_log_probs(model, prompt, ended)))
+
+
+def best(model, tokenizer, prompt, constraints, drawn, max_new_tokens):
+    """-> the best story of the drawn continuations, and a line that says how many of them meet everything."""
+    worth = ranks(model, tokenizer, prompt, constraints, drawn, max_new_tokens)
+    story = tokenizer.decode(drawn[worth.index(max(worth))])
+    asked = len(flat(check(story, constraints)))
+    if not asked:
+        return story, f"the likeliest of {len(drawn)}: nothing that can be checked is asked for"
+    whole = sum(met == asked for met, _ in worth)
+    return story, f"{whole} of {len(drawn)} meet everything that can be checked"
+
+
+def print_story(model, tokenizer, kind, text, max_new_tokens, seed, sampling, best_of=1):
+    """Print one prompt, its story, and which constraints the story meets; a single draw as it comes."""
     prompt = encode_request(tokenizer, kind, text, model.config.block_size)
+    constraints = parse(text)[0] if kind == "instruction" else {}
     print("─" * 60)
-    print(text, end="" if kind == "prompt" else "\n\n")
-    ids = stream(model, [prompt], max_new_tokens, eos_id=tokenizer.eos_id, seed=seed, **sampling)
-    story = ""
-    for piece in tokenizer.decode_stream(row[0] for row in ids):
-        print(piece, end="", flush=True)
-        story += piece
-    print()
-    if kind == "instruction" and (line := marks(check(story, parse(text)[0]))):
-        print("\n" + line)
+    print(text, end="" if kind == "prompt" else "\n\n", flush=True)
+    story = told = ""
+    if best_of == 1:
+        ids = stream(model, [prompt], max_new_tokens, eos_id=tokenizer.eos_id, seed=seed, **sampling)
+        for piece in tokenizer.decode_stream(row[0] for row in ids):
+            print(piece, end="", flush=True)
+            story += piece
+        print()
+    else:
+        [drawn] = generate_all(model, [prompt], tokenizer.eos_id, seed, sampling | {"max_new_tokens": max_new_tokens},
+                               samples=best_of)
+        story, told = best(model, tokenizer, prompt, constraints, drawn, max_new_tokens)
+        print(story)
+    if lines := list(filter(None, (marks(check(story, constraints)), told))):
+        print("", *lines, sep="\n")
 
 
-def print_cases(model, tokenizer, max_new_tokens=400, seed=1337):
-    """The study's eight test cases, each with the study's own sampling values."""
+def print_cases(model, tokenizer, max_new_tokens=400, seed=1337, best_of=1, **changes):
+    """The study's eight test cases, each with the study's own sampling values but for the changes."""
     for kind, text, sampling in CASES:
         try:
-            print_story(model, tokenizer, kind, text, max_new_tokens, seed, sampling)
+            print_story(model, tokenizer, kind, text, max_new_tokens, seed, sampling | changes, best_of)
         except ValueError as e:  # a model of a very short context
             print(f"{text}\n({e})")
 
@@ -106,36 +156,44 @@ def read_prompts(path):
     return prompts
 
 
-def generate_all(model, prompts, eos_id, seed, sampling, quiet=None):
-    """Continue many prompts (lists of ids), rows of like length in a batch -> a list of new ids a prompt.
+def generate_all(model, prompts, eos_id, seed, sampling, quiet=None, samples=1):
+    """Continue many prompts (lists of ids), rows of like length in a batch -> for each prompt `samples` lists of new
+    ids.
 
-    sampling: what `GPT.generate` takes. quiet: True hides the progress bar, None shows it on a terminal only.
+    sampling: what `decoding.generate` takes. quiet: True hides the progress bar, None shows it on a terminal only.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    at_once = max(1, BATCH // samples)
     continued = [None] * len(prompts)
-    with tqdm(total=len(prompts), unit="story", disable=quiet) as bar:
-        for start in range(0, len(order), BATCH):
-            rows = order[start:start + BATCH]
-            batch = generate(model, [prompts[i] for i in rows], eos_id=eos_id, seed=seed + start, **sampling)
-            for i, ids in zip(rows, batch):
-                continued[i] = ids
-            bar.update(len(rows))
+    with tqdm(total=len(prompts) * samples, unit="story", disable=quiet) as bar:
+        for start in range(0, len(order), at_once):
+            rows = order[start:start + at_once]
+            batch = generate(model, [prompts[i] for i in rows], eos_id=eos_id, seed=seed + start, samples=samples,
+                             **sampling)
+            for place, i in enumerate(rows):
+                continued[i] = batch[place * samples:(place + 1) * samples]
+            bar.update(len(batch))
     return continued
 
 
-def continue_file(model, tokenizer, instructions, max_new_tokens, seed, sampling, out):
+def continue_file(model, tokenizer, instructions, max_new_tokens, seed, sampling, out, best_of=1):
     """Write a story for each of many instructions, a batch at a time; print them, or write JSONL records to `out`."""
     prompts = [encode_request(tokenizer, "instruction", text, model.config.block_size) for text in instructions]
+    asked = [parse(text)[0] for text in instructions]
     start = time.perf_counter()
-    continued = generate_all(model, prompts, tokenizer.eos_id, seed, sampling | {"max_new_tokens": max_new_tokens})
-    seconds, tokens = time.perf_counter() - start, sum(map(len, continued))
-    stories = [tokenizer.decode(ids) for ids in continued]
-    met = [check(story, parse(text)[0]) for text, story in zip(instructions, stories)]
-    print(f"{len(stories)} stories, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s; met: "
-          f"{counts(met) or 'nothing that can be checked'}", file=sys.stderr)
+    drawn = generate_all(model, prompts, tokenizer.eos_id, seed, sampling | {"max_new_tokens": max_new_tokens},
+                         samples=best_of)
+    chosen = [best(model, tokenizer, *row, max_new_tokens) if best_of > 1 else (tokenizer.decode(row[2][0]), "")
+              for row in zip(prompts, asked, drawn)]
+    seconds, tokens = time.perf_counter() - start, sum(len(ids) for some in drawn for ids in some)
+    stories = [story for story, _ in chosen]
+    met = [check(story, constraints) for constraints, story in zip(asked, stories)]
+    draws = f", each the best of {best_of}" if best_of > 1 else ""
+    print(f"{len(stories)} stories{draws}, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s; "
+          f"met: {counts(met) or 'nothing that can be checked'}", file=sys.stderr)
     if out is None:
-        for text, story, result in zip(instructions, stories, met):
-            print("─" * 60, text, "", story, "", marks(result), sep="\n")
+        for text, (story, told), result in zip(instructions, chosen, met):
+            print("─" * 60, text, "", story, "", *filter(None, (marks(result), told)), sep="\n")
         return
     common.write_jsonl(out, ({"instruction": text, "output": story, "met": result}
                              for text, story, result in zip(instructions, stories, met)))
@@ -154,9 +212,13 @@ def parse_args(argv=None):
     parser.add_argument("--prompt", action="append", default=[], help="the opening of a story (repeatable)")
     parser.add_argument("--file", type=Path, help="JSONL instruction records, or blocks separated by blank lines")
     parser.add_argument("--out", type=Path, help="with --file: write JSONL records here")
+    parser.add_argument("--overwrite", action="store_true", help="--out may be there already")
     # sampling
-    parser.add_argument("--temperature", type=not_negative(float), default=0.2,
-                        help="0 is argmax (default: %(default)s)")
+    parser.add_argument("--best-of", type=positive(int), default=1, metavar="N",
+                        help="draw N stories, show the one that meets most of what can be checked, of equals the "
+                             "likeliest (default: %(default)s)")
+    parser.add_argument("--temperature", type=not_negative(float),
+                        help="0 is argmax (default: 0.2, with --best-of 0.7)")
     parser.add_argument("--top-p", type=number(float, lambda p: 0 < p <= 1, "is outside (0, 1]"), default=0.9,
                         help="in (0, 1] (default: %(default)s)")
     parser.add_argument("--top-k", type=not_negative(int), default=30, help="0 is off (default: %(default)s)")
@@ -168,12 +230,18 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.out and (not args.file or args.out.is_dir()):
         fail("--out is a file, and goes with --file")
+    if args.out and args.out.exists() and args.file.exists() and args.out.samefile(args.file):
+        fail(f"--out {args.out} is the --file itself")
+    if args.out and args.out.exists() and not args.overwrite:
+        fail(f"--out {args.out} is there already: --overwrite replaces it")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k or None}
+    given = {} if args.temperature is None else {"temperature": args.temperature}
+    usual = {"temperature": BEST_OF_TEMPERATURE} if args.best_of > 1 else {}
+    sampling = SINGLE | usual | given | {"top_p": args.top_p, "top_k": args.top_k or None}
     requests = [("instruction", text.replace("\\n", "\n")) for text in args.instruction]
     requests += [("prompt", text) for text in args.prompt]
     try:
@@ -188,11 +256,12 @@ def main(argv=None):
             encode_request(tokenizer, kind, text, model.config.block_size)  # before the first story is written
         print(f"{ckpt}: {model.num_params():,} parameters", file=sys.stderr)
         if instructions:
-            continue_file(model, tokenizer, instructions, args.max_new_tokens, args.seed, sampling, args.out)
+            continue_file(model, tokenizer, instructions, args.max_new_tokens, args.seed, sampling, args.out,
+                          args.best_of)
         for kind, text in requests:
-            print_story(model, tokenizer, kind, text, args.max_new_tokens, args.seed, sampling)
+            print_story(model, tokenizer, kind, text, args.max_new_tokens, args.seed, sampling, args.best_of)
         if not instructions and not requests:
-            print_cases(model, tokenizer, args.max_new_tokens, args.seed)
+            print_cases(model, tokenizer, args.max_new_tokens, args.seed, args.best_of, **usual, **given)
     except (ValueError, OSError) as e:
         fail(e)
 

@@ -46,7 +46,7 @@ def measure(model, tokenizer, rows, key):
     bare = [{k: v for k, v in constraints.items() if k != key} for constraints in full]
     shares, nats = [], []
     for asked in (full, bare):
-        stories, _ = write_stories(model, tokenizer, [render(constraints) for constraints in asked], 1, SEED, SAMPLING)
+        stories, *_ = write_stories(model, tokenizer, [render(constraints) for constraints in asked], 1, SEED, SAMPLING)
         shares.append([share_met(row, key, story) for row, [story] in zip(rows, stories)])
         if key in (WORDS, SENTENCE):
             nats.append(float(np.mean([loss for row, constraints in zip(rows, asked)

@@ -223,6 +223,52 @@ def test_files_of_prompts(say, tok, tmp_path, content):
         assert row["output"] in say("--instruction", row["instruction"], "--temperature", "0", "--ckpt", model)
 
 
+def test_the_best_of_several_draws_is_shown(say, tok, tmp_path, monkeypatch):
+    model = random_model(tiny_config(tok.vocab_size, tie_embeddings=False), scale=0.3)
+    asked, prompt = {"词汇": ["铲子", "猫"]}, tok.encode("小猫")
+    told = ["小猫在河边。", "小猫的铲子。", "铲子和猫。", "小狗。"]
+    drawn = [tok.encode(story) for story in told]
+    ranked = sample.ranks(model, tok, prompt, asked, drawn, 30)
+    assert [met for met, _ in ranked] == [1, 2, 2, 0]
+    for ids, (_, mean) in zip(drawn, ranked):  # its own probability, the end's too, and not the prompt's
+        with torch.no_grad():
+            nats = model(torch.tensor([prompt + ids]))[0].log_softmax(-1)
+        steps = [nats[len(prompt) - 1 + i, token].item() for i, token in enumerate([*ids, tok.eos_id])]
+        assert mean == pytest.approx(sum(steps) / len(steps), abs=1e-4)
+    [cut] = sample.ranks(model, tok, prompt, asked, drawn[:1], len(drawn[0]))  # not ended: no end to be likely
+    assert cut[1] != pytest.approx(ranked[0][1], abs=1e-4)
+    likeliest = told[1] if ranked[1] > ranked[2] else told[2]
+    assert sample.best(model, tok, prompt, asked, drawn, 30) == (
+        likeliest, "2 of 4 meet everything that can be checked")
+    story, line = sample.best(model, tok, prompt, {"摘要": "小猫。"}, drawn, 30)
+    assert told.index(story) == max(range(4), key=lambda i: ranked[i][1]) and "nothing that can be checked" in line
+
+    path = tmp_path / "prompts"
+    path.write_text("词汇：铲子，猫\n\n特点：伏笔", encoding="utf-8")
+    shown = say("--file", path, "--best-of", "3")
+    assert "of 3 meet everything" in shown and "the likeliest of 3: nothing that can be checked" in shown
+    assert "of 3 meet everything" in say("--instruction", "词汇：铲子，猫", "--best-of", "3")
+    assert say("--best-of", "2").count("─" * 60) == 8
+    temperatures = []
+    monkeypatch.setattr(sample, "generate", lambda *_, temperature, **__: temperatures.append(temperature) or [[1]] * 2)
+    say("--prompt", "小猫", "--best-of", "2")
+    say("--prompt", "小猫", "--best-of", "2", "--temperature", "0.3")
+    assert temperatures == [sample.BEST_OF_TEMPERATURE, 0.3]
+
+
+def test_a_file_of_stories_is_overwritten_only_where_that_is_said(say, model_dir, tmp_path, refused):
+    prompts, out = tmp_path / "prompts", tmp_path / "stories.jsonl"
+    prompts.write_text("词汇：铲子", encoding="utf-8")
+    argv = ["--ckpt", model_dir, "--file", prompts, "--out"]
+    out.write_text("mine", encoding="utf-8")
+    refused(sample.main, [*argv, out], out, "--overwrite")
+    for itself in (prompts, tmp_path / ".." / tmp_path.name / "prompts"):
+        refused(sample.main, [*argv, itself, "--overwrite"], "--file itself")
+    assert out.read_text(encoding="utf-8") == "mine" and prompts.read_text(encoding="utf-8") == "词汇：铲子"
+    say("--file", prompts, "--out", out, "--overwrite")
+    assert json.loads(out.read_text(encoding="utf-8"))["instruction"] == "词汇：铲子"
+
+
 def test_no_character_crashes_the_output(model_dir, tmp_path):
     (tmp_path / "prompts").write_text("词汇：铲子，草地\n特点：对话", encoding="utf-8")
     for what in (["--instruction", "词汇：铲子，草地"], ["--file", tmp_path / "prompts"]):  # ✓ and ✗ are not in GBK
@@ -261,6 +307,7 @@ BAD_FLAGS = [
     (sample, ["--temperature", "-0.1"], "--temperature"), (sample, ["--temperature", "nan"], "--temperature"),
     (sample, ["--top-p", "0"], "--top-p"), (sample, ["--top-p", "1.5"], "--top-p"),
     (sample, ["--top-k", "-1"], "--top-k"), (sample, ["--max-new-tokens", "0"], "--max-new-tokens"),
+    (sample, ["--best-of", "0"], "--best-of"), (sample, ["--best-of", "1.5"], "--best-of"),
     (sample, ["--out", "x.jsonl"], "--file"), (sample, ["--guidance-scale", "1.5"], "--guidance-scale"),
     (sample, ["--dtype", "fp8"], "--dtype"), (sample, ["--device", "abacus"], "--device"),
     (sample, ["--ckpt", "nowhere"], "nowhere"), (sample, ["--file", "nowhere.txt"], "nowhere.txt"),

@@ -50,6 +50,17 @@ def test_cached_and_batched_generation_equal_the_plain_one(name):
     assert [generate(model, [p], 30, temperature=0)[0] for p in prompts] == expected
 
 
+def test_several_samples_of_a_prompt_are_those_of_the_prompt_several_times():
+    model = random_model(tiny_config(300))
+    prompts = [[7, 8, 9, 4, 5], [1, 2]]
+    eos = generate(model, [[1, 2]], 30, temperature=0)[0][9]
+    settings = {"temperature": 1.0, "top_k": 5, "eos_id": eos, "seed": 3}
+    repeated = generate(model, [prompt for prompt in prompts for _ in range(3)], 30, **settings)
+    assert generate(model, prompts, 30, samples=3, **settings) == repeated
+    assert len({tuple(ids) for ids in repeated}) > 3
+    assert generate(model, [[1, 2]], 30, samples=2, temperature=0) == generate(model, [[1, 2]], 30, temperature=0) * 2
+
+
 def test_golden_greedy_string(tok):
     model = random_model(tiny_config(tok.vocab_size, tie_embeddings=False), seed=23, scale=0.3)
     [ids] = generate(model, [tok.encode("小猫在河边")], 9, temperature=0)

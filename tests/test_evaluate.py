@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, random_model, tiny_config
 
 import evaluate
+import sample
 from checkpoint import save_model
 from constraints import KEYS, check, overlap, parse, render, tells
 from data import books, builtin
@@ -222,7 +223,8 @@ def test_the_command_is_reproducible_and_complete(model_dir, pairs_file, tok, tm
         evaluate.main(["--ckpt", str(model_dir), "--base", str(base), "--data", str(pairs_file), "--samples", "1",
                        "--out", str(tmp_path / name), "--device", "cpu"])
         results.append(json.loads((tmp_path / name / "eval.json").read_text(encoding="utf-8")))
-    assert results[0].pop("args") != results[1].pop("args") and results[0] == results[1]
+    assert results[0].pop("args") != results[1].pop("args")
+    assert results[0].pop("seconds") > 0 < results[1].pop("seconds") and results[0] == results[1]
     assert set(results[0]) >= {"satisfied", "by_kind", "plain_nll", "base_nll", "gen_nll", "rep4",
                                "distinct2", "distinct3", "eos_rate", "mean_chars", "ceiling", "floor", "seed"}
     assert results[0]["ceiling"]["by_kind"]["词汇"]["rate"] > 0.5 and results[0]["plain_nll"] > 0
@@ -242,8 +244,35 @@ def default_evaluation(tok, tmp_path, monkeypatch):
             "--device", "cpu"]
 
 
-def short_stories(generate_all, model, prompts, eos_id, seed, sampling, quiet):
-    return generate_all(model, prompts, eos_id, seed, sampling | {"max_new_tokens": 3}, quiet)
+def short_stories(generate_all, model, prompts, eos_id, seed, sampling, quiet, samples):
+    return generate_all(model, prompts, eos_id, seed, sampling | {"max_new_tokens": 3}, quiet, samples)
+
+
+def test_the_best_of_several_draws_is_judged_as_it_would_be_picked(tok, monkeypatch):
+    rows = [row({"词汇": ["小猫", "皮球"], "摘要": ALL["摘要"]}), row({"摘要": ALL["摘要"]})]
+    told = ["小狗过生日，收到了许多礼物。小猫也来了。", "小狗。", "小狗过生日，收到了许多礼物，小猫和皮球。", MEETS]
+    drawn = [[tok.encode(story) for story in told], [tok.encode(story) for story in told[::-1]]]
+    likely = dict(zip(map(tuple, (tok.encode(story) + [tok.eos_id] for story in told)), (-4, -3, -2, -1)))
+    monkeypatch.setattr(sample, "mean_log_probs", lambda model, prompt, ids: [likely[tuple(i)] for i in ids])
+    chosen = evaluate.best_of(random_model(tiny_config(tok.vocab_size, block_size=256)), tok, rows, drawn, 100)
+    # most words first; of equals the likeliest; a summary cannot be checked where there are no others beside it
+    assert chosen == {1: [told, told[::-1]], 2: [[told[0], told[3]], [told[3], told[1]]],
+                      4: [[told[3]], [told[3]]]}
+    met = obedience(rows, chosen[2], 1)
+    assert met["by_kind"]["每个词"]["rate"] == 0.75 and met["everything"]["rate"] == 0.5
+    assert met["everything"]["n"] == 2 and met["satisfied"]["1"]["rate"] == 0.5
+
+
+def test_many_samples_are_reported_as_best_of(default_evaluation, tmp_path, capsys):
+    evaluate.main([*default_evaluation, "--samples", "5"])
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))
+    assert list(result["by_source"]["handwritten"]["best_of"]) == ["1", "2", "4"] and result["args"]["samples"] == 5
+    one = result["best_of"]["1"]
+    assert one["everything"] == result["everything"]
+    assert result["best_of"]["4"]["by_kind"]["每个词"]["rate"] >= one["by_kind"]["每个词"]["rate"]
+    for source in ("handwritten", "generated"):
+        assert f"best of 4, {source}: 词汇 " in shown
 
 
 def test_the_table_fits_a_screen(default_evaluation, tmp_path, capsys):
