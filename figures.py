@@ -58,3 +58,35 @@ def loss_curves(runs, path, title=None):
     if title:
         fig.suptitle(title, parse_math=False)  # a $ in a file name is no formula
     save(fig, path)
+
+
+RL_PANELS = {  # title: names in log.jsonl of a training step; the same with val_ before them is of validation
+    "reward": ["reward"], "met, by kind": ["词汇", "随机句子", "摘要", "特点"], "ended with EOS": ["ended"],
+    "groups without a gradient": ["equal_groups"], "entropy (nats per token)": ["entropy"],
+    "KL to the start (nats per token)": ["kl"], "tokens a story": ["tokens"], "repeated 4-grams": ["rep4"],
+    "loss of plain stories": ["plain_nll"]}
+
+
+def rl_curves(out):
+    """out/rl.png from out/log.jsonl: how the stories of train_rl.py were. Lines: those it learns from; points: of the
+    instructions that it is judged by."""
+    rows = [json.loads(line) for line in open(Path(out) / "log.jsonl", encoding="utf-8")]
+    fig, axes = subplots(3, 3, figsize=(12, 8), sharex=True)
+    for ax, (title, names) in zip(axes.flat, RL_PANELS.items()):
+        for name, colour, dash in zip(names, COLOURS, DASHES):
+            label = {"词汇": "words", "随机句子": "sentence", "摘要": "summary", "特点": "dialogue"}.get(name, name)
+            if steps := [(r["step"], r[name]) for r in rows if name in r and "loss" in r]:
+                at, values = zip(*steps)
+                ax.plot(at, values, color=colour, alpha=0.2, linewidth=1)
+                ax.plot(at, smooth(values), dash, color=colour, label=label)
+            points = [(r["step"], r.get(f"val_{name}", r.get(name))) for r in rows if "val_loss" in r]
+            if points := [point for point in points if point[1] is not None]:
+                ax.plot(*zip(*points), "o", markersize=4, color=colour)
+        ax.set_title(title, fontsize=9)
+        ax.grid(alpha=0.3)
+        if len(names) > 1:
+            ax.legend(fontsize=7)
+    for ax in axes[-1]:
+        ax.set_xlabel("optimizer step")
+    fig.suptitle(str(out), parse_math=False)
+    save(fig, Path(out) / "rl.png")

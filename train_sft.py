@@ -71,7 +71,7 @@ def compile_model(model):
 
 def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None, warmup=None, decay_rate=1.0,
           grad_clip=1.0, eval_every=None, save_every=None, dtype="32-true", compile=False, seed=1337,
-          loss_fn=next_token_loss, optimizer=None, state=None):
+          loss_fn=next_token_loss, optimizer=None, state=None, measured=dict):
     """Train the parameters of `model` that require gradients, in place, and keep the run directory `out`. -> the best
     validation loss, None without one.
 
@@ -81,7 +81,8 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
     `get_lr`'s (default: warm-up over 100 steps, at most a tenth of all; down to lr / 10). grad_clip: largest gradient
     norm, 0 is off. eval_every, save_every: in steps (default: a fifth of all). dtype: "bf16-mixed" runs loss_fn under
     autocast. optimizer: over these parameters (default: `adamw`). state: what `load_last` gives, to resume.
-    seed: of what is drawn in a step (dropout). Ctrl-C and SIGTERM save, then exit 130. Raises FloatingPointError when
+    seed: of what is drawn in a step (dropout). measured() -> what else the line of log.jsonl says of a step, or of a
+    validation. Ctrl-C and SIGTERM save, then exit 130. Raises FloatingPointError when
     the loss is not finite, OSError when something cannot be written; the last save stays. ValueError when the state is
     another optimizer's.
     """
@@ -118,7 +119,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
             loss, n = common.sum_over_processes(*total_loss(model, val_batches[rank()::world()], loss_fn))
         model.train()
         if n:
-            log(step=done, val_loss=loss / n)
+            log(step=done, val_loss=loss / n, **measured())
             tqdm.write(f"step {done:5}: validation loss {loss / n:.4f}")
         if not n or best is None or loss / n < best[0]:
             best = [loss / n, done] if n else None
@@ -153,7 +154,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
             done += 1
 
             speed = n / (time.perf_counter() - start)  # supervised tokens, of all processes
-            log(step=done, loss=loss, lr=optimizer.param_groups[0]["lr"], tokens_per_s=round(speed))
+            log(step=done, loss=loss, lr=optimizer.param_groups[0]["lr"], tokens_per_s=round(speed), **measured())
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
             if done % eval_every == 0 or done == steps:
@@ -291,7 +292,7 @@ def pick_init(args):
     return init
 
 
-def run(args, model, batches, val_batches, save, state=None, make_optimizer=adamw):
+def run(args, model, batches, val_batches, save, state=None, make_optimizer=adamw, **of_train):
     """The training run that the flags describe; `train` has the parameters' meaning. make_optimizer: as `adamw`."""
     device = common.pick_device(args.device)
     dtype = common.pick_dtype(args.dtype, device)
@@ -312,7 +313,8 @@ def run(args, model, batches, val_batches, save, state=None, make_optimizer=adam
         train(model, batches, val_batches, args.out, save, steps=steps, lr=args.lr, min_lr=args.min_lr,
               warmup=args.warmup, decay_rate=args.decay_rate, grad_clip=args.grad_clip, eval_every=args.eval_every,
               save_every=args.save_every, dtype=dtype, compile=args.compile, seed=args.seed,
-              optimizer=make_optimizer(model, args.lr, args.weight_decay, (args.beta1, args.beta2)), state=state)
+              optimizer=make_optimizer(model, args.lr, args.weight_decay, (args.beta1, args.beta2)), state=state,
+              **of_train)
     except FloatingPointError as e:
         raise SystemExit(f"error: {e}" if rank() == 0 else 1) from None
     except ValueError as e:

@@ -9,8 +9,10 @@ SEEDS = {  # of data/generate.py and data/books.py
     "pretraining": 1,
     "fine-tuning": 2,
     "openings": 4,  # of runs/longer.sh
+    "reinforcement": 6,
     # to judge by
     "pretraining, validation": 3,
+    "reinforcement, validation": 7,
     "more instructions": 5,  # the 390 of docs/log.md, as those of seed 99
     "features": 97,          # the labelled stories of study/features.py
     "plain stories": 98,     # on which forgetting is measured
@@ -46,6 +48,22 @@ def fine_tuning():
     seed = SEEDS["fine-tuning"]
     records = [*generate.stories(STORIES, seed), *generate.authored("train") * AUTHORED]
     return list(generate.instructions(records, seed))
+
+
+def reinforcement(n):
+    """-> instructions of n stories, which is what train_rl.py lets a model write."""
+    return list(instruction_rows(n, SEEDS["reinforcement"]))
+
+
+def reinforcement_validation(n):
+    """-> instructions of n other stories, by which it chooses the best model."""
+    return list(instruction_rows(n, SEEDS["reinforcement, validation"]))
+
+
+def instruction_rows(n, seed):
+    """Yield the instructions of n stories as rows of data/judged.py, with the story."""
+    for record in generate.instructions(generate.stories(n, seed), seed):
+        yield {"constraints": record["constraints"], "story": record["output"]}
 
 
 def plain_stories():

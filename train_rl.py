@@ -1,0 +1,283 @@
+"""Reinforcement from verifiable rewards: python train_rl.py --init out/sft --dtype bf16-mixed
+
+Whether a story has the asked words, the asked sentence, speech and an end can be checked by code. So the model writes a
+group of stories for each of some new instructions, the stories are checked, and those that meet more than their group
+become likelier (REINFORCE, Williams 1992). The loop is train_sft.py's. A step's batches are stories written just before
+it; the loss is the model's own, each story weighted by its advantage; the validation loss is 1 - the mean reward of
+fixed instructions, so the run keeps the model of the best reward.
+
+Each story is used for one update, so there is no ratio of old and new probabilities, and nothing to clip. The baseline
+is the mean of the group, and its standard deviation divides nothing (Dr. GRPO, arXiv 2503.20783); a group whose stories
+are all equally good has no gradient and is left out (DAPO, arXiv 2503.14476); every token of a step counts alike.
+--algo rft is rejection sampling instead (RAFT, arXiv 2504.11343): only stories that meet everything, as if they were
+data.
+"""
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import figures
+import lora
+import train_sft
+from checkpoint import find_last, find_model, load_last, load_model, save_model
+from common import fail, not_negative, positive, rank, world
+from constraints import LIST_KEYS, SENTENCE, WORDS, check, fold, outcomes, render, sentences
+from data import builtin
+from data.judged import add_rivals, checkable, read_rows
+from dataset import collate, encode_prompt, fingerprint
+from decoding import generate
+from evaluate import plain_loss, repetition
+from model import IGNORE, to_device
+from sample import encode_request, log_probs, print_cases
+
+JUDGED = 64     # instructions whose mean reward chooses the model
+BATCH = 64      # of them that are continued at once
+NEARLY = 0.8    # of a sentence, in order: worth half of it
+USUAL = 0.9     # quantile of the repetition in the stories of the instructions: what a story may have
+LISTED = 0.5    # is taken off a story that has the line of words as it stands
+KEPT = 2        # --algo rft: stories of one instruction that are learnt from, at most
+
+
+# ---- the reward ----
+
+def shared(a, b):
+    """Length of the longest common subsequence of two strings."""
+    row = [0] * (len(b) + 1)
+    for char in a:
+        left = diagonal = 0
+        for j, other in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if char == other else max(row[j], left)
+            left = row[j]
+    return row[-1]
+
+
+def is_list(words, story):
+    """Do all the words, if there are several, stand in the story as a list, with nothing else between them?"""
+    return len(words) > 1 and re.search("[，、, ]".join(map(re.escape, words)), story) is not None
+
+
+def judge(row, story, ended, usual_repetition):
+    """A story for the row's instruction -> {"reward": 0 … 1, "whole": does it meet all that can be checked?, and the
+    share met of each kind}.
+
+    The reward is the mean over the constraints that can be checked, 0 for a story without an end, less repeated
+    4-grams beyond `usual_repetition`, less a copied list of words.
+    """
+    constraints, shares = row["constraints"], {}
+    met = check(story, constraints, row["rivals"])
+    for key, value in met.items():
+        known = [ok for ok in (value.values() if key in LIST_KEYS else [value]) if ok is not None]
+        if known:
+            shares[key] = sum(known) / len(known)
+    if shares.get(SENTENCE) == 0:
+        asked = fold(constraints[SENTENCE])
+        best = max((shared(asked, fold(told)) for told in sentences(story)), default=0)
+        shares[SENTENCE] = 0.5 * (best >= NEARLY * len(asked))
+    again = repetition([story])["rep4"] or 0.0
+    minus = max(0.0, again - usual_repetition) + LISTED * is_list(constraints.get(WORDS, []), story)
+    reward = max(0.0, ended * float(np.mean(list(shares.values()))) - minus)
+    whole = ended and not minus and all(ok[0] for name, ok in outcomes(met).items() if name in constraints)
+    return {"reward": reward, "whole": whole, "ended": ended, "rep4": again, **shares}
+
+
+# ---- stories, and what is learnt from them ----
+
+class Rollouts:
+    """batches(step) -> micro-batches (x, y, weights), each (B, T), of stories that the model has just written for the
+    instructions of the step; `measured()` says how they were.
+
+    rows: instructions (of judged.py), `prompts` of them a step, `group` stories each, at temperature 1 from all of the
+    model's probabilities: what is sampled from is what is trained. reference: the model as it was at the start. kl:
+    what each nat by which a token has become likelier than there takes off its advantage.
+    """
+
+    def __init__(self, model, tokenizer, rows, reference, *, algo="pg", prompts=16, group=8, batch_size=16, kl=0.0,
+                 seed=1337, max_new_tokens=400, plain=()):
+        self.model, self.tokenizer, self.rows, self.reference, self.plain = model, tokenizer, rows, reference, plain
+        self.algo, self.prompts, self.group, self.batch_size = algo, prompts, group, batch_size
+        self.kl, self.seed, self.max_new_tokens = kl, seed, max_new_tokens
+        self.steps_per_epoch = -(-len(rows) // prompts)
+        told = [repetition([row["story"]])["rep4"] for row in rows if row["story"]]
+        self.usual_repetition = float(np.quantile(told, USUAL)) if told else 1.0
+        self.figures = {}
+
+    def fingerprint(self):
+        """Changes with the instructions: a resumed run checks it."""
+        return fingerprint(render(row["constraints"]).encode() for row in self.rows)
+
+    def measured(self):
+        """How the last step's stories were (of the first process), and what the last validation found beside it."""
+        figures, self.figures = self.figures, {}
+        return figures
+
+    def __call__(self, step):
+        rows = [self.rows[i % len(self.rows)] for i in range(step * self.prompts, (step + 1) * self.prompts)]
+        seed = (self.seed * 1_000_003 + step) * world() + rank()
+        groups = self.write(rows[rank()::world()], self.group, seed, temperature=1.0)
+        chosen = (advantages if self.algo == "pg" else whole)(groups)
+        batches = [self.weighted(chosen[i:i + self.batch_size]) for i in range(0, len(chosen), self.batch_size)]
+        self.figures |= means([story for group in groups for story in group])
+        self.figures["equal_groups"] = float(np.mean([len({s["reward"] for s in group}) == 1 for group in groups]))
+        return batches
+
+    def write(self, rows, n, seed, temperature):
+        """n stories for each row -> a list of groups of them: what `judge` says, and (ids, labels)."""
+        eos, size = self.tokenizer.eos_id, self.model.config.block_size
+        prompts = [encode_prompt(self.tokenizer, render(row["constraints"])) for row in rows]
+        with torch.autocast(self.model.lm_head.weight.device.type, enabled=False):
+            drawn = generate(self.model, prompts, self.max_new_tokens, samples=n, temperature=temperature, eos_id=eos,
+                             seed=seed)
+        groups = []
+        for i, (row, prompt) in enumerate(zip(rows, prompts)):
+            groups.append([])
+            for ids in drawn[i * n:(i + 1) * n]:
+                ended = len(ids) < min(self.max_new_tokens, size - len(prompt))
+                story = judge(row, self.tokenizer.decode(ids), ended, self.usual_repetition)
+                told = ids + [eos] * ended  # the end is learnt, too; a story that was cut has none
+                groups[-1].append(story | {"tokens": len(told),
+                                           "row": (prompt + told, [IGNORE] * len(prompt) + told)})
+        return groups
+
+    def weighted(self, chosen):
+        """[((ids, labels), advantage)] -> (x, y, weights): the advantage of each token."""
+        x, y = collate([row for row, _ in chosen])
+        weights = torch.tensor([advantage for _, advantage in chosen])[:, None].expand(y.shape).float()
+        supervised = y != IGNORE
+        now = log_probs(self.model, x, y).cpu()
+        change = now - log_probs(self.reference, x, y).cpu()
+        # of sampled tokens: the mean of -log p is the entropy, that of log p - log p_start the KL divergence
+        self.figures |= {"entropy": -now[supervised].mean().item(), "kl": change[supervised].mean().item()}
+        return x, y, weights - self.kl * change
+
+    def loss(self, model, batch):
+        """The loss of a batch for the loop, as of `next_token_loss`. A list of rows is for validation: 1 - reward."""
+        if isinstance(batch, list):
+            stories = [group[0] for group in self.write(batch, 1, self.seed, temperature=0.2)]
+            self.figures |= {f"val_{name}": value for name, value in means(stories).items()}
+            self.figures["plain_nll"] = plain_loss(model, self.tokenizer, self.plain)
+            return torch.tensor(sum(1 - story["reward"] for story in stories)), len(stories)
+        x, y, weights = batch
+        return model(to_device(x, model.lm_head.weight.device), y, weights), (y != IGNORE).sum().item()
+
+
+def advantages(groups):
+    """-> [((ids, labels), reward - mean reward of the group)], without groups in which all are equal."""
+    chosen = []
+    for group in groups:
+        rewards = [story["reward"] for story in group]
+        if max(rewards) > min(rewards):
+            chosen += [(story["row"], reward - float(np.mean(rewards))) for story, reward in zip(group, rewards)]
+    return chosen or [(groups[0][0]["row"], 0.0)]  # a step without a gradient is a step, too
+
+
+def whole(groups):
+    """-> [((ids, labels), 1.0)] of the first KEPT stories of each group that meet everything."""
+    kept = [(story["row"], 1.0) for group in groups for story in [s for s in group if s["whole"]][:KEPT]]
+    return kept or [(groups[0][0]["row"], 0.0)]
+
+
+def means(stories):
+    """{figure: its mean over the stories that have it}."""
+    values = defaultdict(list)
+    for story in stories:
+        for name, value in story.items():
+            if name != "row":
+                values[name].append(value)
+    return {name: float(np.mean(some)) for name, some in values.items()}
+
+
+# ---- the command ----
+
+def parse_args(argv=None):
+    parser = train_sft.training_parser("Reinforcement from verifiable rewards: the model writes stories, code checks "
+                                       "them, and the better ones of each group are made likelier.")
+    flag = parser.add_argument
+    flag("--adapter", type=Path, help="LoRA adapter directory on --init: train the adapter only")
+    flag("--algo", choices=["pg", "rft"], default="pg",
+         help="policy gradient, or rejection sampling: only stories that meet everything (default: %(default)s)")
+    flag("--prompts", type=positive(int), default=16, help="instructions of a step (default: %(default)s)")
+    flag("--group", type=positive(int), default=8, help="stories an instruction (default: %(default)s)")
+    flag("--kl", type=not_negative(float), default=0.0,
+         help="a token's advantage less this much for each nat that it has become likelier since the start "
+              "(default: %(default)s)")
+    parser.set_defaults(out=Path("out/rl"), lr=1e-4, max_steps=150, warmup=5)
+    args = train_sft.parse(parser, argv, fixed=("init", "adapter", "algo", "prompts", "group", "kl"))
+    if args.group < 2 and args.algo == "pg":
+        fail("--group 1: a story is compared with the others of its group")
+    if args.prompts < world():
+        fail(f"--prompts {args.prompts}: each of the {world()} processes needs one")
+    if args.grad_accum != 1 or args.epochs or args.block_size:
+        fail("--grad-accum, --epochs and --block-size have no meaning here: --prompts, --group and --max-steps do")
+    return args
+
+
+def load_rows(args):
+    """-> (instructions to write for, instructions to judge by), rows of judged.py that a rule can judge."""
+    if args.data:
+        rows, own = read_rows(args.data), args.val_data and read_rows(args.val_data)
+        n = min(JUDGED, max(1, int(args.val_fraction * len(rows))))
+        rows, judged = (rows, own) if own else (rows[n:], rows[:n])
+    else:
+        rows, judged = builtin.reinforcement(args.max_steps * args.prompts), builtin.reinforcement_validation(JUDGED)
+    both = []
+    for some in (rows, judged):
+        some = checkable(some)
+        add_rivals(some, args.seed)
+        both.append([row for row in some if outcomes(check("", row["constraints"], row["rivals"]))])
+    if not all(both):
+        raise ValueError("nothing that these instructions ask for can be checked")
+    return both
+
+
+def load_models(args):
+    """-> (model, tokenizer, the model as it was at the start, resume state or None)."""
+    reference, tokenizer = load_model(args.init, args.adapter)
+    if args.adapter:
+        model = load_model(args.init)[0].float()
+        last, state = find_last(args.out) if args.resume else (args.adapter, None)
+        lora.load(last, model)
+    elif args.resume:
+        model, tokenizer, state = load_last(args.out)
+    else:
+        model, state = load_model(args.init)[0], None
+    return model, tokenizer, reference.requires_grad_(False).eval(), state
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        train_sft.check_out(args)
+        device = train_sft.start(args)
+        args.init = find_model(args.init, args.adapter)
+        rows, judged = load_rows(args)
+        model, tokenizer, reference, state = load_models(args)
+        for row in rows + judged:
+            encode_request(tokenizer, "instruction", render(row["constraints"]), model.config.block_size)
+    except (ValueError, OSError) as e:
+        fail(e)
+    base = lora.fingerprints(model)
+    rollouts = Rollouts(model, tokenizer, rows, reference.to(device, torch.float32), algo=args.algo,
+                        prompts=args.prompts, group=args.group, batch_size=args.batch_size, kl=args.kl, seed=args.seed,
+                        plain=builtin.plain_stories())
+
+    def save(directory):
+        if args.adapter:
+            lora.save(directory, model, args.init, base)
+        else:
+            save_model(directory, model, tokenizer)
+    try:
+        train_sft.run(args, model, rollouts, [judged[i:i + BATCH] for i in range(0, len(judged), BATCH)], save, state,
+                      loss_fn=rollouts.loss, measured=rollouts.measured)
+    finally:
+        if rank() == 0:
+            figures.rl_curves(args.out)
+    best, tokenizer = load_model(args.init, args.out) if args.adapter else load_model(args.out)
+    print_cases(best.to(device, torch.float32).eval(), tokenizer)
+
+
+if __name__ == "__main__":
+    from train_rl import main
+    main()
