@@ -106,6 +106,18 @@ def test_story_and_end_learn_and_prompt_and_padding_do_not(tok):
     assert n == (y != IGNORE).sum()
 
 
+def test_a_story_that_has_ended_learns_its_end_and_one_that_was_cut_has_none(tok, monkeypatch):
+    some = rollouts(tok, [ROW])
+    monkeypatch.setattr(train_rl, "generate", lambda *_, samples, **__: [[7] * n for n in (12, 0, 5)])
+    [group] = some.write([ROW], 3, seed=1, temperature=1.0)
+    prompt = encode_prompt(tok, "词汇：小河，皮球\n随机句子：河水哗啦啦地流着，真好听。")
+    assert [story["row"][0][len(prompt):] for story in group] == [[7] * 12, [tok.eos_id], [7] * 5 + [tok.eos_id]]
+    assert [story["ended"] for story in group] == [False, True, True]
+    for story in group:
+        ids, labels = story["row"]
+        assert ids[:len(prompt)] == prompt and labels == [IGNORE] * len(prompt) + ids[len(prompt):]
+
+
 def test_equal_stories_give_no_gradient(tok, monkeypatch):
     some = rollouts(tok, [ROW])
     monkeypatch.setattr(train_rl, "judge", lambda *_: {"reward": 0.5, "whole": False, "ended": True})
@@ -198,7 +210,9 @@ def test_an_adapter_is_trained_alone(run, tok, tmp_path, algo):
     tuned, _ = load_model(run.init, tmp_path / "out" / "last")
     before, after = (lora.adapters(m)["model.layers.0.self_attn.q_proj"].lora_B.weight for m in (model, tuned))
     assert torch.equal(before, after) == (algo == "rft")  # of a random model no story meets everything
-    run("--adapter", tmp_path / "adapter", "--algo", algo, "--resume", "--max-steps", "3")
+    run("--adapter", tmp_path / "adapter", "--algo", algo, "--resume", "--max-steps", "3", "--lr", "1e-20")
+    resumed, _ = load_model(run.init, tmp_path / "out" / "last")
+    assert torch.equal(lora.adapters(resumed)["model.layers.0.self_attn.q_proj"].lora_B.weight, after)
 
 
 def test_user_errors_are_one_line(run, tmp_path, refused):
