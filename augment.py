@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import common
 import tokenizer as tokenizers
-from common import fail, fraction, not_negative, positive
+from common import fail, fraction, not_negative, positive, to_path
 from constraints import (
     FEATURE,
     FEATURES,
@@ -270,8 +270,8 @@ def orders(text):
 def parse_args(argv=None):
     parser = common.command_line("Real instruction data in, clean and leak-free training data out.")
     flag = parser.add_argument
-    flag("files", nargs="+", type=Path, metavar="IN", help="JSON, JSONL or TinyStories-Instruct text, in any mix")
-    flag("--out", type=Path, required=True, help="directory for train.jsonl, val.jsonl, rejected.jsonl, report.json")
+    flag("files", nargs="+", type=to_path, metavar="IN", help="JSON, JSONL or TinyStories-Instruct text, in any mix")
+    flag("--out", type=to_path, required=True, help="directory for train.jsonl, val.jsonl, rejected.jsonl, report.json")
     flag("--overwrite", action="store_true", help="replace --out")
     flag("--seed", type=not_negative(int), default=1337, help="(default: %(default)s)")
     # reading
@@ -281,7 +281,7 @@ def parse_args(argv=None):
          help=f"what --clean leaves alone: {','.join(CHECKS)}")
     flag("--extract", type=by_commas, default=(), metavar="KIND,…",
          help=f"make constraints of the story where a record has none of the kind: {','.join(EXTRACTS)}")
-    flag("--tokenizer", type=Path, help="whose pieces are the words (default: the base model's)")
+    flag("--tokenizer", type=to_path, help="whose pieces are the words (default: the base model's)")
     # splitting
     flag("--val-fraction", type=fraction, default=0.01, help="share of the stories (default: %(default)s)")
     flag("--exact", action="store_true", help="do not look for near-duplicate stories before the split")

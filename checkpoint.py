@@ -7,6 +7,7 @@ Any Llama-shaped Hugging Face directory loads (grouped-query, untied head, sever
 written: each is made beside its place and then renamed.
 """
 import json
+import pickle
 from dataclasses import fields
 from pathlib import Path
 
@@ -202,8 +203,16 @@ def find_last(out):
     """-> (directory of the newest weights, state). Raises ValueError if there is none."""
     for last in (Path(out, "last"), Path(out, "last.old")):
         if (last / STATE).is_file():
-            return last, torch.load(last / STATE, weights_only=True)
-    raise ValueError(f"--resume: {Path(out, 'last', STATE)} does not exist, there is no run to resume")
+            try:
+                state = torch.load(last / STATE, weights_only=True)
+                if not isinstance(state["step"], int) or not {"best", "optimizer"} <= set(state):
+                    raise ValueError("not the state of a run")
+                return last, state
+            except (RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as e:
+                whole = f"; the model in {out} is what is left" if Path(out, WEIGHTS).is_file() else ""
+                raise ValueError(f"--resume: {last / STATE} is damaged ({type(e).__name__}){whole}") from None
+    raise ValueError(f"--resume: {Path(out, 'last', STATE)} does not exist: the run stopped before its first save, or "
+                     "there was none. Start it without --resume")
 
 
 def load_last(out):

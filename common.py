@@ -16,6 +16,11 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # ---- the command line ----
 
 def command_line(description, prog=None):
@@ -53,6 +58,13 @@ def positive(kind):
 
 def not_negative(kind):
     return number(kind, lambda value: value >= 0, "is below 0")
+
+
+def to_path(text):
+    """A type for argparse: a Path. An empty one is an unset variable of the shell, and would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return Path(text)
 
 
 fraction = number(float, lambda value: 0 <= value < 1, "is outside [0, 1)")
@@ -105,7 +117,8 @@ def keep_freed_memory():
 # ---- files ----
 
 def write_atomic(path, write):
-    """write(temporary path), then rename: a reader sees the old file or the new one, never a part."""
+    """write(temporary path), then rename: a reader sees the old file or the new one, never a part. Nor does one after a
+    power cut: what is written reaches the disk before it gets its name."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -113,11 +126,22 @@ def write_atomic(path, write):
         mode = temporary.stat().st_mode  # what the umask says; safetensors makes its files for their owner alone
         write(temporary)
         temporary.chmod(mode)
+        sync(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as e:  # how Python, torch.save and safetensors report a full disk
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write to {path}: {getattr(e, 'strerror', None) or e}") from None
+
+
+def sync(path):
+    """Wait until a file, or the names in a folder, are on the disk. Where a system cannot: nothing."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def write_text(path, text):
@@ -147,10 +171,12 @@ def new_directory(path):
     try:
         work.mkdir(parents=True)
         yield work
+        sync(work)
         if path.exists():  # if not, a kill between these renames has left `old` as the only good one
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         work.rename(path)
+        sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -178,14 +204,37 @@ def check_new(directory, overwrite, mark):
     check_writable(directory.parent)
 
 
+locks = {}  # folder: its open file descriptor, held as long as the process lives
+
+
+def lock(directory):
+    """Raise ValueError if another process has this folder; from here on it is this one's, until it ends in whatever
+    way. Where folders cannot be locked (Windows, some network drives): nothing."""
+    directory = Path(directory).resolve()
+    if fcntl is None or directory in locks:
+        return
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks[directory] = fd
+    except BlockingIOError:
+        os.close(fd)
+        raise ValueError(f"--out {directory}: another run is writing there") from None
+    except OSError:
+        os.close(fd)
+
+
 # ---- stopping ----
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask the loop to stop after the step that is under way; a second one kills at once."""
+    """Ctrl-C, SIGTERM and a terminal that is closed ask the loop to stop after the step that is under way; a second
+    signal kills at once. What the process is told to ignore (nohup) stays ignored."""
 
     def __enter__(self):
         self.requested = False
-        self.previous = {signum: signal.signal(signum, self.request) for signum in (signal.SIGINT, signal.SIGTERM)}
+        signums = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        self.previous = {signum: signal.signal(signum, self.request) for signum in signums
+                         if signal.getsignal(signum) != signal.SIG_IGN}
         return self
 
     def request(self, signum, frame):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from checkpoint import find_base, find_model, load_model
-from common import check_writable, command_line, fail, not_negative, pick_device, positive, write_json
+from common import check_writable, command_line, fail, not_negative, pick_device, positive, to_path, write_json
 from constraints import EACH_WORD, FEATURE, FEATURES, KEYS, SENTENCE, SUMMARY, WORDS, check, outcomes, render
 from data import builtin
 from data.judged import add_rivals, builtin_rows, checkable, read_rows
@@ -218,12 +218,13 @@ def table(result):
 
 def parse_args(argv=None):
     parser = command_line("Does the model follow instructions, and can it still write?")
-    parser.add_argument("--ckpt", type=Path, help="model directory (default: out/sft, else the base model)")
-    parser.add_argument("--adapter", type=Path, help="LoRA adapter directory, put on --ckpt (default there: the base)")
-    parser.add_argument("--base", type=Path, help="the untuned model (default: the base that ships, if it has --ckpt's "
-                                                  "tokenizer)")
-    parser.add_argument("--data", type=Path, help="instruction records (default: handwritten and generated ones)")
-    parser.add_argument("--out", type=Path, help="folder for eval.json (default: --adapter, else --ckpt)")
+    parser.add_argument("--ckpt", type=to_path, help="model directory (default: out/sft, else the base model)")
+    parser.add_argument("--adapter", type=to_path,
+                        help="LoRA adapter directory, put on --ckpt (default there: the base)")
+    parser.add_argument("--base", type=to_path,
+                        help="the untuned model (default: the base that ships, if it has --ckpt's tokenizer)")
+    parser.add_argument("--data", type=to_path, help="instruction records (default: handwritten and generated ones)")
+    parser.add_argument("--out", type=to_path, help="folder for eval.json (default: --adapter, else --ckpt)")
     parser.add_argument("--samples", type=positive(int), default=2, metavar="N",
                         help=f"stories an instruction; from {BEST_OF} on also the best of 1, 2, 4, … of them, as "
                              "sample.py --best-of picks it (default: %(default)s)")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import command_line, fail, fraction, new_directory, positive, write_atomic, write_json
+from common import command_line, fail, fraction, new_directory, positive, to_path, write_atomic, write_json
 from model import GPT, PRESETS
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -234,7 +234,6 @@ def main(argv=None):
 
     import train_sft  # the command alone calls the loop: everything above is a library
     from checkpoint import find_last, load_model
-    from sample import print_cases
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["merge"]:
         return merge(argv[1:])
@@ -264,16 +263,15 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         fail(e)
     train_sft.run(args, model, batches, val_batches, lambda directory: save(directory, model, args.init, base), state)
-    model, tokenizer = load_model(args.init, args.out)
-    print_cases(model.to(device, torch.float32).eval(), tokenizer)
+    train_sft.show(args.out, device, args.init, args.out)
 
 
 def merge(argv):
     from checkpoint import load_model, save_model
     parser = command_line("An adapter and its base into one plain model.", prog="lora.py merge")
-    parser.add_argument("adapter", type=Path)
-    parser.add_argument("--init", type=Path, required=True, help="the base model that the adapter was trained on")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the merged model")
+    parser.add_argument("adapter", type=to_path)
+    parser.add_argument("--init", type=to_path, required=True, help="the base model that the adapter was trained on")
+    parser.add_argument("--out", type=to_path, required=True, help="directory of the merged model")
     args = parser.parse_args(argv)
     try:
         if args.out.exists():

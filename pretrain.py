@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import tokenizer as tokenizers
 from checkpoint import fits, load_last, load_model, save_model
-from common import fail, has_bf16, positive, rank, wait_for_all, world
+from common import fail, has_bf16, positive, rank, to_path, wait_for_all, world
 from constraints import KEYS
 from data import builtin, generate
 from dataset import PROMPT, TokenBatches
@@ -39,7 +39,7 @@ def parse_args(argv=None):
     parser = training_parser("Pretrain a base model on plain stories, or on what data/prepare.py made of them.")
     parser.add_argument("--preset", choices=PRESETS, default="small",
                         help="geometry and settings of a new model (default: %(default)s)")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model to use (default: train one on --data)")
+    parser.add_argument("--tokenizer", type=to_path, help="tokenizer.model to use (default: train one on --data)")
     parser.add_argument("--vocab-size", type=positive(int), default=4096,
                         help="pieces of a newly trained tokenizer (default: %(default)s)")
     parser.set_defaults(out=Path("out/base"), val_fraction=0.01, **SETTINGS["small"])

@@ -10,7 +10,6 @@ import re
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 import common
 from checkpoint import find_model, load_model
-from common import fail, not_negative, number, pick_device, pick_dtype, positive
+from common import fail, not_negative, number, pick_device, pick_dtype, positive, to_path
 from constraints import LIST_KEYS, check, outcomes, parse
 from dataset import encode_prompt, in_batches
 from decoding import generate, stream
@@ -202,16 +201,17 @@ def continue_file(model, tokenizer, instructions, max_new_tokens, seed, sampling
 
 def parse_args(argv=None):
     parser = common.command_line("Write stories. Without a prompt: the study's eight test cases.")
-    parser.add_argument("--ckpt", nargs="?", type=Path, help="model directory (default: out/sft, else the base model)")
-    parser.add_argument("--adapter", type=Path, help="LoRA adapter directory, put on --ckpt")
+    parser.add_argument("--ckpt", nargs="?", type=to_path,
+                        help="model directory (default: out/sft, else the base model)")
+    parser.add_argument("--adapter", type=to_path, help="LoRA adapter directory, put on --ckpt")
     parser.add_argument("--adapter-scale", type=float, default=1.0,
                         help="how much of the adapter: 0 is the model alone (default: %(default)s)")
     # what to write about
     parser.add_argument("--instruction", action="append", default=[],
                         help=r"constraint lines, \n between them (repeatable)")
     parser.add_argument("--prompt", action="append", default=[], help="the opening of a story (repeatable)")
-    parser.add_argument("--file", type=Path, help="JSONL instruction records, or blocks separated by blank lines")
-    parser.add_argument("--out", type=Path, help="with --file: write JSONL records here")
+    parser.add_argument("--file", type=to_path, help="JSONL instruction records, or blocks separated by blank lines")
+    parser.add_argument("--out", type=to_path, help="with --file: write JSONL records here")
     parser.add_argument("--overwrite", action="store_true", help="--out may be there already")
     # sampling
     parser.add_argument("--best-of", type=positive(int), default=1, metavar="N",

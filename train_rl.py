@@ -23,7 +23,7 @@ import figures
 import lora
 import train_sft
 from checkpoint import find_last, find_model, load_last, load_model, save_model
-from common import fail, not_negative, positive, rank, world
+from common import fail, not_negative, positive, rank, to_path, world
 from constraints import LIST_KEYS, SENTENCE, WORDS, check, fold, outcomes, render, sentences
 from data import builtin
 from data.judged import add_rivals, checkable, read_rows
@@ -31,7 +31,7 @@ from dataset import collate, encode_prompt, fingerprint
 from decoding import generate
 from evaluate import plain_loss, repetition
 from model import IGNORE, to_device
-from sample import encode_request, log_probs, print_cases
+from sample import encode_request, log_probs
 
 JUDGED = 64     # instructions whose mean reward chooses the model
 BATCH = 64      # of them that are continued at once
@@ -195,7 +195,7 @@ def parse_args(argv=None):
     parser = train_sft.training_parser("Reinforcement from verifiable rewards: the model writes stories, code checks "
                                        "them, and the better ones of each group are made likelier.")
     flag = parser.add_argument
-    flag("--adapter", type=Path, help="LoRA adapter directory on --init: train the adapter only")
+    flag("--adapter", type=to_path, help="LoRA adapter directory on --init: train the adapter only")
     flag("--algo", choices=["pg", "rft"], default="pg",
          help="policy gradient, or rejection sampling: only stories that meet everything (default: %(default)s)")
     flag("--prompts", type=positive(int), default=16, help="instructions of a step (default: %(default)s)")
@@ -274,8 +274,7 @@ def main(argv=None):
     finally:
         if rank() == 0:
             figures.rl_curves(args.out)
-    best, tokenizer = load_model(args.init, args.out) if args.adapter else load_model(args.out)
-    print_cases(best.to(device, torch.float32).eval(), tokenizer)
+    train_sft.show(args.out, device, *([args.init, args.out] if args.adapter else [args.out]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import dataset
 import figures
 import lora
 from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model
-from common import fail, fraction, not_negative, positive, rank, world
+from common import fail, fraction, not_negative, positive, rank, to_path, world
 from data import builtin
 from dataset import next_token_loss, total_loss
 from records import read_instructions, read_stories, split_by_story
@@ -79,12 +79,12 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
     loss_fn(model, batch) -> (summed loss, number of terms) knows; the loss is always sum / number over the whole step.
     save(directory) writes the weights: the best so far to out/, the newest to out/last/. The learning rate is
     `get_lr`'s (default: warm-up over 100 steps, at most a tenth of all; down to lr / 10). grad_clip: largest gradient
-    norm, 0 is off. eval_every, save_every: in steps (default: a fifth of all). dtype: "bf16-mixed" runs loss_fn under
-    autocast. optimizer: over these parameters (default: `adamw`). state: what `load_last` gives, to resume.
-    seed: of what is drawn in a step (dropout). measured() -> what else the line of log.jsonl says of a step, or of a
-    validation. Ctrl-C and SIGTERM save, then exit 130. Raises FloatingPointError when
-    the loss is not finite, OSError when something cannot be written; the last save stays. ValueError when the state is
-    another optimizer's.
+    norm, 0 is off. eval_every, save_every: in steps (default: a fifth of all); last/ is also saved every ten minutes.
+    dtype: "bf16-mixed" runs loss_fn under autocast. optimizer: over these parameters (default: `adamw`). state: what
+    `load_last` gives, to resume. seed: of what is drawn in a step (dropout). measured() -> what else the line of
+    log.jsonl says of a step, or of a validation. Ctrl-C, SIGTERM and SIGHUP save, then exit 130. Raises
+    FloatingPointError when the loss is not finite, OSError when something cannot be written; the last save stays.
+    ValueError when the log cannot be read, or the state is another optimizer's.
     """
     out = Path(out)
     warmup = min(100, steps // 10) if warmup is None else warmup
@@ -99,7 +99,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
     if compile:
         compile_model(model)
 
-    done, best = 0, None  # optimizer steps made; the best [validation loss, step] so far
+    done, best, saved = 0, None, time.monotonic()  # optimizer steps; the best [validation loss, step]; the last save
     if state:
         done, best = state["step"], state["best"]
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -127,6 +127,8 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
                 save(out)
 
     def save_run():
+        nonlocal saved
+        saved = time.monotonic()
         if rank() == 0:
             save_last(out, save, {"step": done, "best": best, "optimizer": optimizer.state_dict()})
 
@@ -160,7 +162,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
             if done % eval_every == 0 or done == steps:
                 evaluate()
             stopping = common.sum_over_processes(stop.requested)[0] > 0  # all stop if one is asked to
-            if done % save_every == 0 or done == steps or stopping:
+            if done % save_every == 0 or done == steps or stopping or time.monotonic() - saved > SAVE_SECONDS:
                 save_run()
     if rank() == 0:
         figures.run_curves(out)
@@ -180,7 +182,10 @@ def open_log(out, done):
     path = out / "log.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and done else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
+    try:
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is damaged ({e}); without it --resume goes on with the weights of last/") from None
     common.write_text(path, "".join(kept))
 
     def log(**fields):
@@ -191,6 +196,7 @@ def open_log(out, done):
 
 # ---- around the loop: what the three training commands share ----
 
+SAVE_SECONDS = 600  # between saves, at most
 ONCE = ("resume", "overwrite")  # flags of one call, not settings of the run
 WEIGHTS_FILES = (WEIGHTS, lora.TENSORS)  # of a model, of an adapter
 
@@ -200,13 +206,13 @@ def training_parser(description):
     parser = common.command_line(description)
     flag = parser.add_argument
     # what goes in and out
-    flag("--init", type=Path, help="model directory to start from (default of fine-tuning: the base that ships)")
-    flag("--data", type=Path, help="JSONL or JSON file, or a directory with train.jsonl and val.jsonl "
+    flag("--init", type=to_path, help="model directory to start from (default of fine-tuning: the base that ships)")
+    flag("--data", type=to_path, help="JSONL or JSON file, or a directory with train.jsonl and val.jsonl "
                                    "(default: the built-in corpus)")
-    flag("--val-data", type=Path, help="validation file (default: split off from --data)")
+    flag("--val-data", type=to_path, help="validation file (default: split off from --data)")
     flag("--val-fraction", type=fraction, default=0.05, help="share of the stories for validation; a story is on one "
                                                              "side with all its rows (default: %(default)s)")
-    flag("--out", type=Path, default=Path("out/sft"), help="run directory (default: %(default)s)")
+    flag("--out", type=to_path, default=Path("out/sft"), help="run directory (default: %(default)s)")
     flag("--resume", action="store_true", help="go on with the run in --out; its settings hold unless given again")
     flag("--overwrite", action="store_true", help="replace the run in --out")
     # optimization
@@ -246,13 +252,13 @@ def parse(parser, argv, fixed):
         return args
     try:
         stored = dict(json.loads((args.out / "args.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError) as e:
         fail(f"--resume: cannot read the settings of the run in {args.out}: {e}")
     default = object()  # argparse sets no default where the namespace has a value already
     given = parser.parse_args(argv, type(args)(**dict.fromkeys(vars(args), default)))
     given = {name: value for name, value in vars(given).items() if value is not default}
-    parser.set_defaults(**stored)
-    before = vars(parser.parse_args(["--out", str(args.out)]))
+    before = vars(parser.parse_args(as_flags(parser, stored, args.out / "args.json")))
+    parser.set_defaults(**before, **{name: value for name, value in stored.items() if name not in before})
     for name in (*fixed, "val_data"):  # another validation set has another best loss
         now, then = given.get(name, before[name]), before[name]
         if isinstance(now, Path) and then:
@@ -264,17 +270,47 @@ def parse(parser, argv, fixed):
     return parser.parse_args(argv)
 
 
+def as_flags(parser, stored, path):
+    """The settings {name: value} of args.json as a command line, so that they are checked as flags are."""
+    argv = []
+    for action in parser._actions:
+        value = stored.get(action.dest)
+        if value is None or action.dest in ONCE:
+            continue
+        if action.nargs == 0:  # a switch
+            if not isinstance(value, bool):
+                fail(f"{path}: {action.dest} {value!r} is neither true nor false")
+            argv += action.option_strings[:value]
+        else:
+            argv.append(f"{action.option_strings[-1]}={value}")
+    return argv
+
+
 def check_out(args):
-    """Before any work: refuse --val-data without --data, and an --out that cannot be written to or holds a run, unless
-    the flags say what to do with that."""
+    """Before any work: refuse --val-data without --data, and an --out that cannot be written to, that another run is
+    using, or that holds a run, unless the flags say what to do with that, or something else."""
+    out = args.out
     if args.val_data and args.data is None:
         raise ValueError("--val-data goes with --data: the built-in corpus has a validation part of its own")
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file, not a directory")
-    holds_run = any((args.out / name).exists() for name in (*WEIGHTS_FILES, "last", "log.jsonl"))
-    if holds_run and not (args.resume or args.overwrite):
-        raise ValueError(f"--out {args.out} already holds a run or a model: --resume goes on, --overwrite starts over")
-    common.check_writable(args.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file, not a directory")
+    if rank() == 0 and out.is_dir():
+        common.lock(out)
+    patterns = "*.safetensors*", "*.bin*", "*config.json", "last", "last.old"  # last.new was never finished
+    holds = [path.name for pattern in patterns for path in out.glob(pattern)]
+    if not args.resume and (holds or (out / "args.json").exists()) and not is_run(out):
+        raise ValueError(f"--out {out} holds {(holds or ['an args.json'])[0]} and is not a run's: it is never replaced")
+    if holds and not (args.resume or args.overwrite):
+        raise ValueError(f"--out {out} already holds a run or a model: --resume goes on, --overwrite starts over")
+    common.check_writable(out)
+
+
+def is_run(out):
+    """Was this folder written by a run of ours?"""
+    try:
+        return {"init", "lr", "out"} <= set(json.loads((out / "args.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def start(args):
@@ -328,16 +364,30 @@ def run(args, model, batches, val_batches, save, state=None, make_optimizer=adam
 
 
 def open_run(args, fresh):
-    """Make args.out ready. fresh: no file of an older run there (--overwrite) may pass for one of the new."""
+    """Make args.out ready. fresh: no file of an older run there (--overwrite) may pass for one of the new. Ends
+    the command if another run has it."""
     out = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        common.lock(out)
+    except ValueError as e:
+        fail(e)
     if fresh:
         for name in ("last", "last.old", "last.new"):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in (*WEIGHTS_FILES, "log.jsonl", "loss.png"):
             (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ONCE}
     common.write_json(out / "args.json", settings)
+
+
+def show(out, device, *model):
+    """Print the study's test cases, told by the best model of the run. model: what `load_model` takes."""
+    try:
+        best, tokenizer = load_model(*model)
+    except (ValueError, OSError) as e:
+        fail(f"{e}; the newest weights are in {out / 'last'}")
+    print_cases(best.to(device, torch.float32).eval(), tokenizer)
 
 
 # ---- the command: full-parameter fine-tuning ----
@@ -351,7 +401,7 @@ def sft_parser(description):
                                                                    "anew in each epoch; one stays (default: 0)")
     parser.add_argument("--replay", type=fraction, default=0.0, help="add whole plain stories, as in pretraining: this "
                                                                      "share of all supervised tokens (default: 0)")
-    parser.add_argument("--replay-data", type=Path, help="their file (default: the base's own pretraining texts)")
+    parser.add_argument("--replay-data", type=to_path, help="their file (default: the base's own pretraining texts)")
     return parser
 
 
@@ -431,8 +481,7 @@ def main(argv=None, make_optimizer=adamw):
         fail(e)
     run(args, model, batches, val_batches, lambda directory: save_model(directory, model, tokenizer), state,
         make_optimizer)
-    best, tokenizer = load_model(args.out)
-    print_cases(best.to(device, torch.float32).eval(), tokenizer)
+    show(args.out, device, args.out)
 
 
 if __name__ == "__main__":

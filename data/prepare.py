@@ -32,7 +32,7 @@ from tqdm import tqdm  # noqa: E402
 
 import tokenizer as tokenizers  # noqa: E402
 from checkpoint import save_tokenizer  # noqa: E402
-from common import check_new, command_line, fail, new_directory, positive, write_json  # noqa: E402
+from common import check_new, command_line, fail, new_directory, positive, to_path, write_json  # noqa: E402
 from records import RowError, place, scan, text_field  # noqa: E402
 
 TINYSTORIES = "tinystories-zh"
@@ -199,8 +199,8 @@ def parse_args(argv=None):
     parser = command_line("Make token files of public stories.")
     flag = parser.add_argument
     flag("sources", nargs="+", metavar="SOURCE", help=f"{TINYSTORIES}, or files: .jsonl, .json, .tar.gz of these")
-    flag("--out", type=Path, required=True, help="directory for the token files, like out/data/NAME")
-    flag("--tokenizer", type=Path, required=True, help="tokenizer.model, or a directory with one")
+    flag("--out", type=to_path, required=True, help="directory for the token files, like out/data/NAME")
+    flag("--tokenizer", type=to_path, required=True, help="tokenizer.model, or a directory with one")
     flag("--endpoint", default=os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
          help=f"hub or mirror that has {TINYSTORIES} (default: HF_ENDPOINT, now %(default)s)")
     flag("--sha256", help="checksum that the source must have, in hex")

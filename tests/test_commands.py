@@ -449,9 +449,9 @@ def test_bad_rows_reach_the_user(model_dir, tmp_path, refused):
 def test_an_output_directory_that_holds_a_run_is_not_touched(model_dir, pairs_file, stories_file, tmp_path, refused):
     out = broken(model_dir, tmp_path / "run", lambda path: None)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    refused(train_sft.main, ["--init", model_dir, "--data", pairs_file, "--out", out],
-            "--out", "--resume", "--overwrite")
-    refused(pretrain.main, ["--data", stories_file, "--out", out], "--out", "--resume", "--overwrite")
+    for more in ([], ["--overwrite"]):  # no run of ours wrote it
+        refused(train_sft.main, ["--init", model_dir, "--data", pairs_file, "--out", out, *more], "--out", "never replaced")
+        refused(pretrain.main, ["--data", stories_file, "--out", out, *more], "--out", "never replaced")
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
 
 

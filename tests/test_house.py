@@ -31,7 +31,7 @@ def test_a_file_imports_only_from_those_above(path):
     own = [name.partition(".")[0] for name in imports(path, everywhere=True)]
     below = {name for name in own if name in ORDER and ORDER.index(name) > row(path)}
     # a command that calls what stands below does so inside a function
-    assert below <= {"lora.py": {"checkpoint", "sample", "train_sft"}, "data/prepare.py": {"augment"}}.get(path, set())
+    assert below <= {"lora.py": {"checkpoint", "train_sft"}, "data/prepare.py": {"augment"}}.get(path, set())
     top = [name.partition(".")[0] for name in imports(path, everywhere=False)]
     assert not below & set(top)
     assert not {"study", "bench", "tests"} & set(own)

@@ -167,7 +167,7 @@ def run(tok, tmp_path, monkeypatch):
     data.write_text("".join(json.dumps({"instruction": f"词汇：{a}，{b}\n特点：对话"}, ensure_ascii=False) + "\n"
                             for a in "猫狗鸭鹿" for b in "河树草路"), encoding="utf-8")
     monkeypatch.setattr(builtin, "PLAIN", 3)
-    monkeypatch.setattr(train_rl, "print_cases", lambda *_: None)
+    monkeypatch.setattr(train_sft, "print_cases", lambda *_: None)
 
     def run(*argv, out="out"):
         train_rl.main(["--init", str(init), "--data", str(data), "--val-fraction", "0.25", "--out", str(tmp_path / out),

@@ -95,7 +95,8 @@ PairBatches.__call__ = call
 """
 
 
-@pytest.mark.parametrize("name, code, saved", [("SIGKILL", -9, 10), ("SIGTERM", 130, 14), ("SIGINT", 130, 14)])
+@pytest.mark.parametrize("name, code, saved", [("SIGKILL", -9, 10), ("SIGTERM", 130, 14), ("SIGINT", 130, 14),
+                                                ("SIGHUP", 130, 14)])
 def test_an_interrupted_and_resumed_run_equals_the_straight_one(straight, model_dir, pairs_file, tmp_path, name, code,
                                                                 saved):
     out = tmp_path / "run"
