@@ -450,8 +450,8 @@ def test_an_output_directory_that_holds_a_run_is_not_touched(model_dir, pairs_fi
     out = broken(model_dir, tmp_path / "run", lambda path: None)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     for more in ([], ["--overwrite"]):  # no run of ours wrote it
-        refused(train_sft.main, ["--init", model_dir, "--data", pairs_file, "--out", out, *more], "--out", "never replaced")
-        refused(pretrain.main, ["--data", stories_file, "--out", out, *more], "--out", "never replaced")
+        for main, data in ((train_sft.main, pairs_file), (pretrain.main, stories_file)):
+            refused(main, ["--data", data, "--out", out, *more], "--out", "never replaced")
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
 
 

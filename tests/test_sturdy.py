@@ -79,8 +79,8 @@ def test_what_nohup_ignores_stays_ignored():
 
 def test_a_folder_has_one_run_at_a_time(finished, model_dir, pairs_file, tmp_path, refused):
     out = shutil.copytree(finished, tmp_path / "run")
-    code = ("import sys, time; from pathlib import Path; import common; common.lock(Path(sys.argv[1])); print('locked', "
-            "flush=True); time.sleep(60)")
+    code = ("import sys, time; import common\n"
+            "common.lock(sys.argv[1]); print('locked', flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
     try:
@@ -152,8 +152,8 @@ def halve(name):
     (write("log.jsonl", b'{"loss": 1}\n'), ["log.jsonl is damaged"]), (write("log.jsonl", b"?}\n"), ["log.jsonl"]),
     (write("args.json", b""), ["settings"]), (write("args.json", b"3"), ["settings"]),
     (write("args.json", b"\xff"), ["settings"]), (lambda out: (out / "args.json").unlink(), ["args.json"]),
-    (spoil(lr="high"), ["--lr"]), (spoil(lr=[1]), ["--lr"]), (spoil(lr=-1), ["--lr"]), (spoil(dtype="fp8"), ["--dtype"]),
-    (spoil(batch_size=1.5), ["--batch-size"]), (spoil(compile="yes"), ["compile"]), (spoil(seed=-1), ["--seed"]),
+    (spoil(lr="high"), ["--lr"]), (spoil(lr=[1]), ["--lr"]), (spoil(lr=-1), ["--lr"]),
+    (spoil(dtype="fp8"), ["--dtype"]), (spoil(batch_size=1.5), ["--batch-size"]), (spoil(compile="yes"), ["compile"]), (spoil(seed=-1), ["--seed"]),
 ])
 def test_damage_is_one_line_that_names_the_file(damage, words, run_dir, refused):
     damage(run_dir)
