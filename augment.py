@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import common
 import tokenizer as tokenizers
-from common import fail, fraction, not_negative, positive, to_path
+from common import codec, fail, fraction, not_negative, positive, to_path
 from constraints import (
     FEATURE,
     FEATURES,
@@ -41,7 +41,9 @@ from constraints import (
 from data.clean import CHECKS, CHINESE, clean
 from data.duplicates import near_duplicates
 from data.extract import EXTRACTS, candidate_words, choose_words, extract
-from records import BOM, RowError, instruction_of, refuse_other_formats, scan, story_hash, text_field
+from records import BOM, RowError, instruction_of, scan, story_hash, text_field
+
+BLOCKS = re.compile(r"\A\ufeff?\s*(?![{[])(?:.*<\|endoftext\|>|.*^\s*(?:story|故事)\s*[:：])", re.S | re.M | re.I)
 
 
 @dataclass(slots=True)
@@ -60,7 +62,7 @@ def read(args, tokenizer, df, report):
     records, rejected = [], []
     for path in args.files:
         before, rows, first = len(records), 0, None
-        for row, given in tqdm(read_rows(path), desc=f"reading {path.name}", unit="row", disable=None):
+        for row, given in tqdm(read_rows(path, args.encoding), desc=f"reading {path.name}", unit="row", disable=None):
             rows += 1
             changed = Counter()
             try:
@@ -94,21 +96,22 @@ def read(args, tokenizer, df, report):
     return records, rejected
 
 
-def read_rows(path):
-    """Yield (row, record or RowError): of JSON by records.py; of text the blocks that <|endoftext|> closes, as str."""
+def read_rows(path, encoding="utf-8"):
+    """Yield (row, record or RowError): by records.py; of TinyStories-Instruct, which is text with the lines of a
+    record in it, the blocks that <|endoftext|> closes, as str."""
     with open(path, "rb") as f:
-        head = f.read(1 << 16).removeprefix(BOM).lstrip().split(b"\n")
+        head = f.read(1 << 16)
         f.seek(0)
-        if any(line.lstrip().startswith((b"{", b"[")) for line in head):
-            yield from scan(f, path)
+        if not BLOCKS.search(head.decode(encoding, "ignore")):
+            yield from scan(f, path, encoding)
             return
-        refuse_other_formats(path, head[0])
         for row, block in enumerate(f.read().split(b"<|endoftext|>"), 1):
             if block.strip():
                 try:
-                    yield row, block.decode("utf-8-sig")
+                    yield row, block.removeprefix(BOM).decode(encoding)
                 except UnicodeDecodeError:
-                    yield row, RowError(f"{path}: row {row} is not UTF-8", block.decode("utf-8", "replace"))
+                    text = block.decode(encoding, "replace")
+                    yield row, RowError(f"{path}: row {row} is not {encoding.upper()}", text)
 
 
 def read_row(path, row, record):
@@ -272,6 +275,7 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("files", nargs="+", type=to_path, metavar="IN", help="JSON, JSONL or TinyStories-Instruct text, in any mix")
     flag("--out", type=to_path, required=True, help="directory for train.jsonl, val.jsonl, rejected.jsonl, report.json")
+    flag("--encoding", type=codec, default="utf-8", help="of IN, say gb18030 (default: %(default)s)")
     flag("--overwrite", action="store_true", help="replace --out")
     flag("--seed", type=not_negative(int), default=1337, help="(default: %(default)s)")
     # reading

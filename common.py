@@ -1,6 +1,7 @@
 """What every command shares: the command line and its errors, device and precision, atomic writes, stop signals, and
 the processes of a torchrun."""
 import argparse
+import codecs
 import contextlib
 import ctypes
 import json
@@ -65,6 +66,14 @@ def to_path(text):
     if not text:
         raise argparse.ArgumentTypeError("an empty path")
     return Path(text)
+
+
+def codec(name):
+    """A type for argparse: the name of an encoding."""
+    try:
+        return codecs.lookup(name).name
+    except LookupError:
+        raise argparse.ArgumentTypeError(f"no encoding is called {name!r}") from None
 
 
 fraction = number(float, lambda value: 0 <= value < 1, "is outside [0, 1)")

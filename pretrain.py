@@ -100,8 +100,8 @@ def load_stories(args):
         return list(texts), builtin.pretraining_validation()
     train_file, val_file = data_files(args)
     if val_file:
-        return read_stories(train_file), read_stories(val_file)
-    return split_by_story(read_stories(train_file), args.val_fraction)
+        return read_stories(train_file, args.encoding), read_stories(val_file, args.encoding)
+    return split_by_story(read_stories(train_file, args.encoding), args.val_fraction)
 
 
 def train_tokenizer(texts, vocab_size, of_grammar=False):

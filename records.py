@@ -1,13 +1,17 @@
-"""Records: reading JSONL and JSON files row by row, and the side of the split on which a story falls.
+"""Records: reading files row by row, and the side of the split on which a story falls.
 
-An instruction record is {"instruction": …, "input": …, "output": …} (Alpaca), a story record {"text": …}. A field that
-is null is one that is not there. Every error names the file and the row. Nothing here needs PyTorch.
+An instruction record is {"instruction": …, "input": …, "output": …} (Alpaca), a story record {"text": …}. They come as
+JSONL or JSON, as .csv, .tsv or .txt; other people's fields are read as these. A field that is null is one that is not
+there. Every error names the file and the row. Nothing here needs PyTorch.
 """
 import codecs
+import csv
 import hashlib
+import io
 import json
 import math
 import re
+import sys
 from itertools import chain, groupby
 
 from constraints import fold, parse_record
@@ -16,8 +20,15 @@ BOM = codecs.BOM_UTF8
 SURROGATE = re.compile("[\ud800-\udfff]")
 FIELDS = {"instruction", "input", "output", "text", "story", "story_zh", "constraints", "words", "features", "sentence",
           "summary"}
-OTHER_FORMATS = {"gzip-compressed": rb"\x1f\x8b", "a zip file (as .xlsx is)": rb"PK\x03\x04",
-                 "a CSV file": rb'"?\w+"?([,;\t]"?\w+"?)+\s*$'}  # by its first line
+OTHER_FORMATS = {"gzip-compressed": rb"\x1f\x8b", "a zip file (as .xlsx is)": rb"PK\x03\x04"}
+TABLE = re.compile(rb'"?\w+"?(?:([,;\t])"?\w+"?)+\s*$')  # the first line of a table without .csv or .tsv to its name
+# other people's fields: prompt and completion (Hugging Face, OpenAI), question and answer, content (of a title)
+ALIASES = {"prompt": "instruction", "question": "instruction", "query": "instruction", "completion": "output",
+           "response": "output", "answer": "output", "content": "text"}
+TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # OpenAI, ShareGPT: who, says what
+SPEAKERS = {"user": "instruction", "human": "instruction", "assistant": "output", "gpt": "output"}
+NOT_READ = "system", "history", "title"
+csv.field_size_limit(2**31 - 1)
 # null is absence, and so is the NaN that pandas writes for it
 DECODER = json.JSONDecoder(parse_constant=lambda name: None,
                            object_hook=lambda fields: {key: v for key, v in fields.items() if v is not None})
@@ -33,13 +44,53 @@ class RowError(ValueError):
         self.raw = raw
 
 
-def scan(f, name):
+def scan(f, name, encoding="utf-8"):
     """Yield (row number, record or RowError) of an open binary file, which error messages call `name`: JSONL, a JSON
-    list, or a JSON object of {id: record}.
+    list, a JSON object of {id: record}; .csv or .tsv with a header; .txt. Records have our fields, whatever the file's.
 
-    Rows count from 1; in JSONL they are lines, read one by one, and reading goes on behind one that is broken. A list
-    or an object is read as a whole, and raises a ValueError if it is broken.
+    Rows count from 1; in JSONL they are lines, read one by one, and reading goes on behind one that is broken. All else
+    is read as a whole, and raises a ValueError if it is broken. What holds content and is not read is named, once.
     """
+    told = set()
+    for row, record in _scan(f, name, encoding):
+        try:
+            record = usual(record)
+        except ValueError as e:
+            record = RowError(f"{name}: row {row} {e}", json.dumps(record, ensure_ascii=False))
+        for field in NOT_READ:
+            if isinstance(record, dict) and record.get(field) and field not in told:
+                told.add(field)
+                print(f"notice: {name}: {field!r} is not read (row {row})", file=sys.stderr)
+        yield row, record
+
+
+def usual(record):
+    """A record in other people's fields -> the same in ours; a ValueError says what the row "has"."""
+    if not isinstance(record, dict):
+        return record
+    for field, (who, what) in TURNS.items():
+        if isinstance(turns := record.get(field), list):
+            if not all(isinstance(turn, dict) for turn in turns):
+                raise ValueError(f"has {field!r} that are no turns")
+            said = [(SPEAKERS.get(turn.get(who), turn.get(who)), turn.get(what)) for turn in turns]
+            spoken = [speaker for speaker, _ in said if speaker != "system"]
+            if spoken not in (["instruction"], ["instruction", "output"]):
+                raise ValueError(f"has turns of {', '.join(map(str, spoken))}; one instruction and one story are "
+                                 "wanted")
+            record = {key: value for key, value in record.items() if key != field} | dict(said)
+    for theirs, ours in ALIASES.items():
+        if theirs in record and not record.keys() & {ours, *(["story_zh", "story"] if ours == "text" else [])}:
+            record = {ours if key == theirs else key: value for key, value in record.items()}
+    return record
+
+
+def _scan(f, name, encoding):
+    kind = str(name).lower().rpartition(".")[2]
+    if encoding != "utf-8":
+        try:
+            f = io.BytesIO(f.read().decode(encoding).encode())
+        except UnicodeError:
+            raise ValueError(f"{name} is not {encoding.upper()}") from None
     head, filled = [], []
     while len(filled) < 2 and (line := f.readline()):
         head.append(line)
@@ -47,6 +98,14 @@ def scan(f, name):
             filled.append(stripped)
     first, second = (*filled, b"", b"")[:2]
     refuse_other_formats(name, first)
+    table = TABLE.match(first)
+    if kind in ("csv", "tsv") or table:
+        delimiter = table[1].decode() if table else "\t" if kind == "tsv" else ","
+        yield from _table(name, b"".join(head) + f.read(), delimiter)
+        return
+    if kind == "txt" and first and not first.startswith((b"{", b"[")):
+        yield from _text(name, b"".join(head) + f.read())
+        return
     if first.startswith(b"[") or (first.startswith(b"{") and (
             not second or not (first.endswith(b"}") or second.startswith(b"{")))):  # an object over several lines
         yield from enumerate(_whole(name, b"".join(head) + f.read()), 1)
@@ -60,10 +119,10 @@ def scan(f, name):
 
 
 def refuse_other_formats(name, first_line):
-    """Raise a ValueError for what is often given in place of JSON."""
+    """Raise a ValueError for what is often given in place of text."""
     for kind, pattern in OTHER_FORMATS.items():
-        if re.match(pattern, first_line) or (kind == "a CSV file" and str(name).lower().endswith(".csv")):
-            raise ValueError(f"{name} is {kind}; JSONL or a JSON list is wanted")
+        if re.match(pattern, first_line):
+            raise ValueError(f"{name} is {kind}; JSONL, a JSON list, .csv, .tsv or .txt is wanted")
 
 
 def _decode(data):
@@ -77,6 +136,44 @@ def _decode(data):
         raise ValueError(f"is not JSON ({problem})") from None
 
 
+def _table(name, data, delimiter):
+    """A table with a header -> (row, record or RowError); rows count from the one below the header."""
+    try:
+        lines = io.StringIO(data.decode("utf-8-sig"), newline="")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not UTF-8 (--encoding gb18030?)") from None
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    row = 0
+    try:
+        for row, cells in enumerate(reader, 1):
+            if None in cells or None in cells.values():
+                n = len([cell for cell in cells.values() if cell is not None])
+                yield row, RowError(f"{name}: row {row} has not as many cells as the header",
+                                    delimiter.join(map(str, list(cells.values())[:n])))
+            else:
+                yield row, {field: cell for field, cell in cells.items() if cell.strip()}
+    except csv.Error as e:
+        raise ValueError(f"{name}: row {row + 1} is not CSV ({e})") from None
+
+
+def _text(name, data):
+    """Plain text -> (row, {"text": story}): stories that blank lines separate, or, without any, one a line."""
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not UTF-8 (--encoding gb18030?)") from None
+    stories, by_blank = blocks(lines), any(not line.strip() for line in "\n".join(lines).strip().splitlines())
+    if not by_blank:
+        stories = [line for line in lines if line.strip()]
+    print(f"{name}: {len(stories)} stories, {'separated by blank lines' if by_blank else 'one a line'}")
+    yield from enumerate(({"text": story} for story in stories), 1)
+
+
+def blocks(lines):
+    """Lines -> texts, which blank lines separate."""
+    return ["\n".join(group) for blank, group in groupby(lines, lambda line: not line.strip()) if not blank]
+
+
 def _whole(name, data):
     """One JSON list or object -> a list of records."""
     try:
@@ -86,7 +183,7 @@ def _whole(name, data):
     if isinstance(value, list):
         return value
     values = list(value.values())
-    if not value.keys() & FIELDS:
+    if not value.keys() & {*FIELDS, *TURNS, *ALIASES}:
         if any(isinstance(v, list) and all(isinstance(row, dict) for row in v) for v in values):
             raise ValueError(f"{name} is an object around a list; a list of records is wanted, or JSONL")
         if all(isinstance(v, dict) for v in values) or (  # or is it a translation cache {"17": "特点：…\n故事：…", …}?
@@ -95,17 +192,20 @@ def _whole(name, data):
     return [value]
 
 
-def read_records(path):
+def read_records(path, encoding="utf-8"):
     """Yield (row number, record). Raises RowError, a ValueError, at the first row that cannot be read."""
     with open(path, "rb") as f:
-        for row, record in scan(f, path):
+        for row, record in scan(f, path, encoding):
             if isinstance(record, RowError):
                 raise record
             yield row, record
 
 
 def text_field(path, row, record, names, required=True):
-    """The first of the fields `names` that the record has, stripped. Raises ValueError naming file and row."""
+    """The first of the fields `names` that the record has, stripped; a string is a text. Raises ValueError naming file
+    and row."""
+    if isinstance(record, str):
+        record = {"text": record}
     if not isinstance(record, dict):
         raise ValueError(f"{path}: row {row} is {type(record).__name__}, not an object")
     name = next((name for name in names if record.get(name) is not None), None)
@@ -131,18 +231,18 @@ def instruction_of(path, row, record, required=True):
     return "\n".join(filter(None, parts))
 
 
-def read_instructions(path):
+def read_instructions(path, encoding="utf-8"):
     """-> list of (instruction, output), as instruction_of joins it."""
     pairs = [(instruction_of(path, row, record), text_field(path, row, record, ["output"]))
-             for row, record in read_records(path)]
+             for row, record in read_records(path, encoding)]
     if not pairs:
         raise ValueError(f"{path}: no rows")
     return pairs
 
 
-def read_stories(path):
+def read_stories(path, encoding="utf-8"):
     """-> list of texts, from the field `text` (or `story_zh`)."""
-    texts = [text_field(path, row, record, ["text", "story_zh"]) for row, record in read_records(path)]
+    texts = [text_field(path, row, record, ["text", "story_zh"]) for row, record in read_records(path, encoding)]
     if not texts:
         raise ValueError(f"{path}: no rows")
     return texts
@@ -176,7 +276,6 @@ def read_blocks(path):
     """A text file with blocks separated by blank lines -> list of blocks. (Prompts for sample.py.)"""
     try:
         with open(path, encoding="utf-8-sig") as f:
-            lines = f.read().split("\n")
+            return blocks(f.read().split("\n"))
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8") from None
-    return ["\n".join(group) for blank, group in groupby(lines, lambda line: not line.strip()) if not blank]

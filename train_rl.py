@@ -217,7 +217,7 @@ def parse_args(argv=None):
 def load_rows(args):
     """-> (instructions to write for, instructions to judge by), rows of judged.py that a rule can judge."""
     if args.data:
-        rows, own = read_rows(args.data), args.val_data and read_rows(args.val_data)
+        rows, own = read_rows(args.data, args.encoding), args.val_data and read_rows(args.val_data, args.encoding)
         n = min(JUDGED, max(1, int(args.val_fraction * len(rows))))
         rows, judged = (rows, own) if own else (rows[n:], rows[:n])
     else:

@@ -209,6 +209,7 @@ def training_parser(description):
     flag("--init", type=to_path, help="model directory to start from (default of fine-tuning: the base that ships)")
     flag("--data", type=to_path, help="JSONL or JSON file, or a directory with train.jsonl and val.jsonl "
                                    "(default: the built-in corpus)")
+    flag("--encoding", type=common.codec, default="utf-8", help="of --data, say gb18030 (default: %(default)s)")
     flag("--val-data", type=to_path, help="validation file (default: split off from --data)")
     flag("--val-fraction", type=fraction, default=0.05, help="share of the stories for validation; a story is on one "
                                                              "side with all its rows (default: %(default)s)")
@@ -426,9 +427,9 @@ def load_pairs(args):
         pairs = [(record["instruction"], record["output"]) for record in builtin.fine_tuning()]
     else:
         train_file, val_file = data_files(args)
-        pairs = read_instructions(train_file)
+        pairs = read_instructions(train_file, args.encoding)
         if val_file:
-            return pairs, read_instructions(val_file)
+            return pairs, read_instructions(val_file, args.encoding)
     return split_by_story(pairs, args.val_fraction, story=lambda pair: pair[1])
 
 

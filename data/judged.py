@@ -30,10 +30,10 @@ HANDWRITTEN = Path(__file__).parent / "eval_instructions.jsonl"
 RIVALS = 19  # other summaries that a story is compared with
 
 
-def read_rows(path):
+def read_rows(path, encoding="utf-8"):
     """Instruction records -> [{"constraints", "story" or None}]. Raises ValueError naming file and row."""
     rows = []
-    for number, record in read_records(path):
+    for number, record in read_records(path, encoding):
         where = f"{path}: row {number}"
         story = text_field(path, number, record, ["output"], required=False)
         given = record.get("constraints")

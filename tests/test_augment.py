@@ -350,6 +350,21 @@ def test_300_malformed_records_lose_no_good_one(tmp_path):
     assert sum(report["rejected"].values()) == len(rejected) and all(row["reason"] for row in rejected)
 
 
+@pytest.mark.parametrize("name, content, more", [
+    ("a.csv", f"prompt,completion\n词汇：铲子,{STORY}\n", []),
+    ("a.jsonl", json.dumps({"messages": [{"role": "user", "content": "词汇：铲子"},
+                                         {"role": "assistant", "content": STORY}]}), []),
+    ("a.txt", f"{STORY}\n\n{STORY[::-1]}\n", ["--extract", "words"]),
+    ("a.txt", f"词汇：铲子\n故事：{STORY}<|endoftext|>", [])])
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
+def test_other_peoples_formats(tmp_path, name, content, more, encoding):
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    augment.main([str(tmp_path / name), "--out", str(tmp_path / "out"), "--encoding", encoding, "--val-fraction", "0",
+                  *more])
+    rows = [json.loads(line) for line in open(tmp_path / "out" / "train.jsonl", encoding="utf-8")]
+    assert STORY in {row["output"] for row in rows}
+
+
 @pytest.mark.parametrize("content, words", [
     (f"{GOOD}\n{GOOD}".encode("gb18030"), ["row 1 is not UTF-8"]),
     (f"词汇：铲子\n故事：{STORY}<|endoftext|>".encode("gb18030"), ["row 1 is not UTF-8"]),
@@ -357,8 +372,9 @@ def test_300_malformed_records_lose_no_good_one(tmp_path):
     (f"[{GOOD}, {GOOD[:-9]}]".encode(), ["not JSON"]),  # one broken list is one error
     (f"[{GOOD}]\n[{GOOD}]".encode(), ["follows the end of the list"]),
     (b'{"data": [' + GOOD.encode() + b"]}", ["a list of records is wanted"]),
-    (b'{"prompt": "x", "completion": "y"}\n' * 2, ["row 1 has no 'output'"]),
-    (f"instruction,output\n词汇：铲子,{STORY}\n".encode(), ["is a CSV file; JSONL or a JSON list is wanted"]),
+    (b'{"prompt": "x", "answers": "y"}\n' * 2, ["row 1 has no 'output'"]),
+    (f"instruction,output\n词汇：铲子\n{STORY}\n".encode(), ["row 1 has not as many cells"]),
+    (f"instruction,output\n词汇：铲子,{STORY}\n".encode("gb18030"), ["is not UTF-8", "--encoding"]),
     (gzip.compress(GOOD.encode()), ["is gzip-compressed"]),
     (b"PK\x03\x04\n{", ["is a zip file"]),
     (b"\n", ["no rows"]),

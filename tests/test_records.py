@@ -62,11 +62,13 @@ GOOD = '{"instruction": "词汇：猫", "output": "猫来了。"}'
     (GOOD + "\n[1]", ["row 2", "list"]),
     (GOOD + '\n{"instruction": "词汇：猫", "output": "\\ud83d"}', ["row 2", "surrogate"]),
     ("[" + GOOD + ', {"instruction": "猫"}]', ["row 2", "'output'"]),
-    # fields of other people's formats
-    ('{"prompt": "词汇：小猫", "output": "猫来了。"}', ["row 1 has no 'instruction'"]),
-    ('{"prompt": "词汇：小猫", "completion": "猫来了。"}', ["row 1 has no 'instruction'"]),
-    ('{"prompt": "词汇：小猫", "completion": "猫来了。"}\n' * 2, ["row 1 has no 'instruction'"]),
-    ('[{"prompt": "词汇：小猫", "completion": "猫来了。"}]', ["row 1 has no 'instruction'"]),
+    # other people's formats
+    ('{"Prompt": "词汇：小猫", "completion": "猫来了。"}', ["row 1 has no 'instruction'"]),
+    ('{"messages": [{"role": "user", "content": "词汇：猫"}]}', ["row 1 has no 'output'"]),
+    ('{"messages": ["词汇：猫", "猫来了。"]}', ["row 1 has 'messages' that are no turns"]),
+    (json.dumps({"conversations": [{"from": who, "value": "猫"} for who in ("human", "gpt", "human", "gpt")]}),
+     ["row 1 has turns of instruction, output, instruction, output; one"]),
+    ('{"messages": [{"role": "tool", "content": "x"}]}', ["row 1 has turns of tool"]),
     ('{"title": "猫", "content": "猫来了。"}', ["row 1 has no 'instruction'"]),
     (GOOD + '\n{"instruction": " ", "output": "猫来了。"}', ["row 2", "'instruction' is empty"]),
     (GOOD + '\n{"instruction": null, "input": null, "output": "猫来了。"}', ["row 2 has no 'instruction'"]),
@@ -82,9 +84,13 @@ GOOD = '{"instruction": "词汇：猫", "output": "猫来了。"}'
     ('{\n"version": 1,\n"data": [\n' + GOOD + "\n]}", ["a list of records is wanted"]),
     ("[" * 100_000, ["not JSON"]),
     # other formats
-    ("instruction,input,output\n词汇：猫,,猫来了。\n", ["is a CSV file; JSONL or a JSON list is wanted"]),
-    ('\ufeff"instruction";"output"\r\n"词汇：猫";"猫来了。"\r\n', ["is a CSV file"]),
-    (b"\x1f\x8b\x08\0\0", ["is gzip-compressed; JSONL or a JSON list is wanted"]),
+    ("instruction,output\n词汇：猫,猫来了。\n词汇：猫，狗\n", ["row 2 has not as many cells"]),
+    ("instruction,output\n词汇：猫,猫来了,坐下。\n", ["row 1 has not as many cells"]),
+    ('instruction,output\n词汇：猫,"猫来了。', ["row 1 is not CSV"]),
+    ('instruction,output\n词汇：猫,\n', ["row 1 has no 'output'"]),
+    ("instruction,output\n", ["no rows"]),
+    (b"instruction,output\n" + "词汇：猫,猫".encode("gb18030"), ["is not UTF-8", "--encoding"]),
+    (b"\x1f\x8b\x08\0\0", ["is gzip-compressed; JSONL"]),
     (b"PK\x03\x04\x14\0", ["is a zip file", "xlsx"]),
     # other encodings
     (GOOD.encode() + b"\n" + GOOD.encode("gb18030"), ["row 2 is not UTF-8"]),
@@ -99,15 +105,62 @@ def test_what_is_wrong_is_named(tmp_path, content, words):
     assert all(word in str(e.value) for word in (*words, str(path))) and "\n" not in str(e.value)
 
 
-def test_stories_without_their_field_and_csv_by_its_name(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    for content in ('{"title": "猫", "content": "猫来了。"}', '[{"title": "猫", "text": null}]'):
-        path.write_text(content, encoding="utf-8")
-        with pytest.raises(ValueError, match="row 1 has no 'text'"):
-            read_stories(path)
+def test_stories_without_their_field(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('[{"title": "猫", "text": null}]', encoding="utf-8")
+    with pytest.raises(ValueError, match="row 1 has no 'text'"):
+        read_stories(tmp_path / "rows.jsonl")
     (tmp_path / "rows.CSV").write_text("指令,输出\n词汇：猫,猫来了。\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="is a CSV file"):
+    with pytest.raises(ValueError, match="row 1 has no 'instruction'"):
         read_instructions(tmp_path / "rows.CSV")
+
+
+PAIR = [("词汇：猫", "“猫，\n来了。”")]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", '{"prompt": "词汇：猫", "completion": "“猫，\\n来了。”"}'),
+    ("a.json", '[{"question": "词汇：猫", "answer": "“猫，\\n来了。”"}]'),
+    ("a.jsonl", '{"query": "词汇：猫", "response": "“猫，\\n来了。”"}'),
+    ("a.jsonl", json.dumps({"messages": [
+        {"role": "system", "content": "写故事。"}, {"role": "user", "content": "词汇：猫"},
+        {"role": "assistant", "content": PAIR[0][1]}]}, ensure_ascii=False)),
+    ("a.jsonl", json.dumps({"conversations": [{"from": "human", "value": "词汇：猫"},
+                                              {"from": "gpt", "value": PAIR[0][1]}]}, ensure_ascii=False)),
+    ("a.csv", 'instruction,input,output\r\n词汇：猫,,"“猫，\n来了。”"\r\n'),
+    ("a.csv", '\ufeffprompt;completion\n词汇：猫;"“猫，\n来了。”"\n'),
+    ("a.tsv", 'instruction\toutput\n词汇：猫\t"“猫，\n来了。”"\n'),
+    ("a", 'id,instruction,output\n1,词汇：猫,"“猫，\n来了。”"\n')])
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
+def test_pairs_in_other_peoples_formats(tmp_path, name, content, encoding):
+    path = tmp_path / name
+    path.write_bytes((content if encoding == "utf-8" else content.removeprefix("\ufeff")).encode(encoding))
+    assert read_instructions(path, encoding) == PAIR
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("a.txt", "\n猫来了。\n它饿了。\n\n \n狗来了。\n", "2 stories, separated by blank lines"),
+    ("a.TXT", "猫来了。\r\n狗来了。\r\n", "2 stories, one a line"),
+    ("a.json", '["猫来了。\\n它饿了。", "狗来了。"]', ""), ("a.jsonl", '"猫来了。"\n"狗来了。"', ""),
+    ("a.jsonl", '{"content": "猫来了。"}\n{"title": "", "content": "狗来了。"}', ""),
+    ("a.csv", "text\n猫来了。\n狗来了。\n", ""),
+    ("a.tsv", "title\tcontent\n甲\t猫来了。\n乙\t狗来了。\n", "'title' is not read")])
+def test_stories_in_other_peoples_formats(tmp_path, name, content, said, capsys):
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert [text.split("\n")[0] for text in read_stories(tmp_path / name)] == ["猫来了。", "狗来了。"]
+    heard = "".join(capsys.readouterr())
+    assert said in heard and heard.count("\n") <= 1
+    (tmp_path / name).write_bytes(content.encode("gb18030"))
+    assert len(read_stories(tmp_path / name, "gb18030")) == 2
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        read_stories(tmp_path / name)
+
+
+def test_what_holds_content_and_is_not_read_is_named_once(tmp_path, capsys):
+    row = {"instruction": "词汇：猫", "output": "猫来了。", "system": "写故事。", "history": [["词汇：狗", "狗。"]]}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 3 + json.dumps(row | {"system": ""}))
+    assert len(read_instructions(tmp_path / "rows.jsonl")) == 4
+    assert capsys.readouterr().err.splitlines() == [
+        f"notice: {tmp_path / 'rows.jsonl'}: {name!r} is not read (row 1)" for name in ("system", "history")]
 
 
 def test_files_as_people_have_them(tmp_path):

@@ -153,7 +153,8 @@ def halve(name):
     (write("args.json", b""), ["settings"]), (write("args.json", b"3"), ["settings"]),
     (write("args.json", b"\xff"), ["settings"]), (lambda out: (out / "args.json").unlink(), ["args.json"]),
     (spoil(lr="high"), ["--lr"]), (spoil(lr=[1]), ["--lr"]), (spoil(lr=-1), ["--lr"]),
-    (spoil(dtype="fp8"), ["--dtype"]), (spoil(batch_size=1.5), ["--batch-size"]), (spoil(compile="yes"), ["compile"]), (spoil(seed=-1), ["--seed"]),
+    (spoil(dtype="fp8"), ["--dtype"]),
+    (spoil(batch_size=1.5), ["--batch-size"]), (spoil(compile="yes"), ["compile"]), (spoil(seed=-1), ["--seed"]),
 ])
 def test_damage_is_one_line_that_names_the_file(damage, words, run_dir, refused):
     damage(run_dir)
