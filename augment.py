@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import common
 import tokenizer as tokenizers
-from common import codec, fail, fraction, not_negative, positive, to_path
+from common import codec, fail, fraction, positive, seed_number, to_path
 from constraints import (
     FEATURE,
     FEATURES,
@@ -277,7 +277,7 @@ def parse_args(argv=None):
     flag("--out", type=to_path, required=True, help="directory for train.jsonl, val.jsonl, rejected.jsonl, report.json")
     flag("--encoding", type=codec, default="utf-8", help="of IN, say gb18030 (default: %(default)s)")
     flag("--overwrite", action="store_true", help="replace --out")
-    flag("--seed", type=not_negative(int), default=1337, help="(default: %(default)s)")
+    flag("--seed", type=seed_number, default=1337, help="(default: %(default)s)")
     # reading
     flag("--clean", action="store_true", help="mend or drop stories that are cut, repeat sentences, have residue "
                                               "behind them or English in them, and labels that do not hold")

@@ -7,6 +7,7 @@ Any Llama-shaped Hugging Face directory loads (grouped-query, untied head, sever
 written: each is made beside its place and then renamed.
 """
 import json
+import math
 import pickle
 from dataclasses import fields
 from pathlib import Path
@@ -35,7 +36,9 @@ HF_NAMES = {
     "n_embd": "hidden_size", "intermediate_size": "intermediate_size", "rope_base": "rope_theta",
     "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
 }
-SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "intermediate_size")
+LARGEST = {"num_hidden_layers": 1000} | dict.fromkeys(  # of sizes; what is beyond is a mistake, and takes forever
+    ("max_position_embeddings", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
+     "intermediate_size"), 2**22)
 
 
 def hf_config(config, tokenizer, dtype):
@@ -53,12 +56,27 @@ def hf_config(config, tokenizer, dtype):
     }
 
 
+def check_value(path, key, value):
+    """Raise ValueError if this value of config.json is not of its kind. Python takes true for 1, and reads NaN."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if key in LARGEST and not (number and isinstance(value, int) and 1 <= value <= LARGEST[key]):
+        raise ValueError(f"{path}: {key} {value!r} is not a size (1 to {LARGEST[key]})")
+    if key in ("rms_norm_eps", "rope_theta") and not (number and 0 < value < math.inf):
+        raise ValueError(f"{path}: {key} {value!r} is not a positive number")
+    if key == "sliding_window" and not (number and value >= 1):
+        raise ValueError(f"{path}: {key} {value!r} is not a number of tokens")
+    if key in ("tie_word_embeddings", "attention_bias", "mlp_bias") and not isinstance(value, bool):
+        raise ValueError(f"{path}: {key} {value!r} is neither true nor false")
+
+
 def gpt_config(path):
     """config.json -> GPTConfig. Raises ValueError for what this model cannot do."""
     try:
         c = dict(json.loads(Path(path).read_text(encoding="utf-8")))
         own = {field.name for field in fields(GPTConfig)} - set(HF_NAMES)  # of a fork: None may mean something there
         c = {key: value for key, value in c.items() if value is not None or key in own}
+        for key, value in c.items():
+            check_value(path, key, value)
         rope = c.get("rope_parameters", {})
         scaled = {key: c.get(key, {}).get("rope_type", c.get(key, {}).get("type", "default")) != "default"
                   for key in ("rope_parameters", "rope_scaling")}  # of transformers 5, of older ones
@@ -77,11 +95,10 @@ def gpt_config(path):
         c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
         c = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False} | c
         if "rope_theta" in rope:  # it counts, also where another one stands beside it
+            check_value(path, "rope_theta", rope["rope_theta"])
             c["rope_theta"] = rope["rope_theta"]
         c["rope_theta"] = float(c["rope_theta"])
-        for name in SIZES:
-            if not isinstance(c[HF_NAMES[name]], int) or c[HF_NAMES[name]] < 1:
-                raise ValueError(f"{path}: {HF_NAMES[name]} {c[HF_NAMES[name]]!r} is not a size")
+        check_value(path, "head_dim", c["head_dim"])  # it may have been computed
         stored = {field.name: HF_NAMES.get(field.name, field.name) for field in fields(GPTConfig)}
         return GPTConfig(**{name: c[key] for name, key in stored.items() if key in c})
     except json.JSONDecodeError as e:
@@ -119,7 +136,9 @@ def load_model(directory, adapter=None, adapter_scale=1.0):
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory}: no model directory (config.json is missing)")
+        adapter = (directory / lora.CONFIG).is_file()
+        raise ValueError(f"{directory}: no model directory " + (
+            "but a LoRA adapter: name it with --adapter" if adapter else "(config.json is missing)"))
     config = gpt_config(directory / "config.json")
     tokenizer = tokenizers.load(directory)
     if not fits(tokenizer, config):
@@ -139,6 +158,9 @@ def load_model(directory, adapter=None, adapter_scale=1.0):
         if tensors[name].shape != expected[name].shape:
             raise ValueError(f"{directory}: tensor {name} is {tuple(tensors[name].shape)}, but config.json asks for "
                              f"{tuple(expected[name].shape)}")
+        if not tensors[name].is_floating_point() or not torch.isfinite(tensors[name]).all():
+            kind = "infinite or no number" if tensors[name].is_floating_point() else str(tensors[name].dtype)
+            raise ValueError(f"{directory}: tensor {name} has values that are {kind}")
     model.load_state_dict(tensors, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

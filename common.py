@@ -61,6 +61,10 @@ def not_negative(kind):
     return number(kind, lambda value: value >= 0, "is below 0")
 
 
+# what PyTorch's generators take
+seed_number = number(int, lambda value: 0 <= value < 2**63, "is outside 0 to 2^63 - 1")
+
+
 def to_path(text):
     """A type for argparse: a Path. An empty one is an unset variable of the shell, and would be the current folder."""
     if not text:
@@ -91,6 +95,8 @@ def pick_device(name):
             raise ValueError(f"{processes} processes need as many GPUs; there are {torch.cuda.device_count()}")
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
+        if torch.device(name).type == "meta":
+            raise ValueError(f"--device {name} computes nothing")
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None

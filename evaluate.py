@@ -15,7 +15,17 @@ import numpy as np
 import torch
 
 from checkpoint import find_base, find_model, load_model
-from common import check_writable, command_line, fail, not_negative, pick_device, positive, to_path, write_json
+from common import (
+    check_writable,
+    command_line,
+    fail,
+    not_negative,
+    pick_device,
+    positive,
+    seed_number,
+    to_path,
+    write_json,
+)
 from constraints import EACH_WORD, FEATURE, FEATURES, KEYS, SENTENCE, SUMMARY, WORDS, check, outcomes, render
 from data import builtin
 from data.judged import add_rivals, builtin_rows, checkable, read_rows
@@ -230,7 +240,7 @@ def parse_args(argv=None):
                              "sample.py --best-of picks it (default: %(default)s)")
     parser.add_argument("--temperature", type=not_negative(float),
                         help=f"0 is argmax (default: 0.2; from {BEST_OF} samples on {BEST_OF_TEMPERATURE})")
-    parser.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=seed_number, default=1337, help="(default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     return parser.parse_args(argv)
 

@@ -108,7 +108,8 @@ def save(directory, model, base="", base_fingerprints=None):
     as it was loaded, if its precision has been changed since."""
     directory, parts = Path(directory), adapters(model)
     one = next(iter(parts.values()))
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": one.r,
+    base = str(Path(base).resolve()) if base and Path(base).is_dir() else str(base)  # found from any folder
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": one.r,
               "lora_alpha": one.alpha, "lora_dropout": one.lora_dropout.p, "use_rslora": one.scaling == "rslora",
               "target_modules": sorted({name.rsplit(".", 1)[-1] for name in parts}), "bias": "none",
               "fan_in_fan_out": False, "inference_mode": True}
@@ -119,6 +120,11 @@ def save(directory, model, base="", base_fingerprints=None):
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / CONFIG, config)
     write_atomic(directory / TENSORS, lambda p: save_file(tensors, p, metadata=metadata))
+
+
+def is_number(value):
+    """Is a value of JSON, which may be NaN or Infinity for Python, a number?"""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def load(directory, model, scale=1.0):
@@ -135,17 +141,23 @@ def load(directory, model, scale=1.0):
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         kind, r, alpha = config["peft_type"], config["r"], config["lora_alpha"]
+        dropout, rslora = config.get("lora_dropout") or 0.0, config.get("use_rslora") or False
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{directory / CONFIG}: not the configuration of an adapter ({e})") from None
     unknown = [f"{key} {config[key]!r}" for key, off in OFF.items() if config.get(key) not in (None, *off)]
+    for key, value, good in (("r", r, type(r) is int and r > 0), ("lora_alpha", alpha, is_number(alpha) and alpha > 0),
+                             ("lora_dropout", dropout, is_number(dropout) and 0 <= dropout < 1),
+                             ("use_rslora", rslora, isinstance(rslora, bool))):
+        if not good:
+            raise ValueError(f"{directory / CONFIG}: {key} {value!r} will not do")
     if kind != "LORA" or unknown:
         raise ValueError(f"{directory / CONFIG}: {unknown[0] if unknown else kind} is not supported (plain LoRA is)")
     try:
         with safe_open(directory / TENSORS, "pt") as f:
             tensors = {key.removeprefix(PREFIX): f.get_tensor(key) for key in f.keys()}
-            base = json.loads((f.metadata() or {}).get("base", "{}"))
-    except (SafetensorError, ValueError) as e:
-        raise ValueError(f"{directory / TENSORS}: not a safetensors file ({e})") from None
+            base = dict(json.loads((f.metadata() or {}).get("base", "{}")))
+    except (SafetensorError, ValueError, TypeError) as e:
+        raise ValueError(f"{directory / TENSORS}: not a safetensors file of an adapter ({e})") from None
 
     own = fingerprints(model) if base else {}
     for name, digest in base.items():
@@ -160,7 +172,7 @@ def load(directory, model, scale=1.0):
     targets = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     if not targets or set(tensors) != {f"{name}.{part}.weight" for name in targets for part in ("lora_A", "lora_B")}:
         raise ValueError(f"{directory / TENSORS}: not the pairs lora_A, lora_B of an adapter")
-    add(model, targets, r, alpha, "rslora" if config.get("use_rslora") else "lora", config.get("lora_dropout", 0.0))
+    add(model, targets, r, alpha, "rslora" if rslora else "lora", dropout)
     for name, module in adapters(model).items():
         for part in (module.lora_A, module.lora_B):
             kind = "lora_A" if part is module.lora_A else "lora_B"
@@ -168,6 +180,8 @@ def load(directory, model, scale=1.0):
             if tensor.shape != part.weight.shape:
                 raise ValueError(f"{directory}: {name}.{kind} is {tuple(tensor.shape)}, but the base model asks for "
                                  f"{tuple(part.weight.shape)}")
+            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+                raise ValueError(f"{directory / TENSORS}: {name}.{kind} has values that are no finite numbers")
             part.weight = nn.Parameter(tensor)  # in the precision of the file, whatever the base's
         module.scale *= scale
 
@@ -233,7 +247,7 @@ def main(argv=None):
     import sys
 
     import train_sft  # the command alone calls the loop: everything above is a library
-    from checkpoint import find_last, load_model
+    from checkpoint import find_last, load_model, save_tokenizer
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["merge"]:
         return merge(argv[1:])
@@ -262,7 +276,11 @@ def main(argv=None):
         batches, val_batches = train_sft.load_batches(args, model, tokenizer)
     except (ValueError, OSError) as e:
         fail(e)
-    train_sft.run(args, model, batches, val_batches, lambda directory: save(directory, model, args.init, base), state)
+
+    def save_all(directory):
+        save(directory, model, args.init, base)
+        save_tokenizer(directory, tokenizer)
+    train_sft.run(args, model, batches, val_batches, save_all, state)
     train_sft.show(args.out, device, args.init, args.out)
 
 

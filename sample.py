@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 import common
 from checkpoint import find_model, load_model
-from common import fail, not_negative, number, pick_device, pick_dtype, positive, to_path
+from common import fail, not_negative, number, pick_device, pick_dtype, positive, seed_number, to_path
 from constraints import LIST_KEYS, check, outcomes, parse
 from dataset import encode_prompt, in_batches
 from decoding import generate, stream
 from model import IGNORE
-from records import instruction_of, read_blocks, read_records
+from records import SURROGATE, instruction_of, read_blocks, read_records
 
 # The study's test cases: shown, never trained on.
 TWO_WORDS = "词汇：铲子，草地"
@@ -204,7 +204,7 @@ def parse_args(argv=None):
     parser.add_argument("--ckpt", nargs="?", type=to_path,
                         help="model directory (default: out/sft, else the base model)")
     parser.add_argument("--adapter", type=to_path, help="LoRA adapter directory, put on --ckpt")
-    parser.add_argument("--adapter-scale", type=float, default=1.0,
+    parser.add_argument("--adapter-scale", type=number(float, lambda scale: True, "is not a number"), default=1.0,
                         help="how much of the adapter: 0 is the model alone (default: %(default)s)")
     # what to write about
     parser.add_argument("--instruction", action="append", default=[],
@@ -223,7 +223,7 @@ def parse_args(argv=None):
                         help="in (0, 1] (default: %(default)s)")
     parser.add_argument("--top-k", type=not_negative(int), default=30, help="0 is off (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=positive(int), default=400, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=seed_number, default=1337, help="(default: %(default)s)")
     # machine
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.add_argument("--dtype", choices=["32-true", "bf16-true"], default="32-true", help="(default: %(default)s)")
@@ -245,6 +245,9 @@ def main(argv=None):
     requests = [("instruction", text.replace("\\n", "\n")) for text in args.instruction]
     requests += [("prompt", text) for text in args.prompt]
     try:
+        for _, text in requests:
+            if SURROGATE.search(text):
+                raise ValueError("a prompt holds half of a surrogate pair, which is no character")
         if args.out:
             common.check_writable(args.out.parent)  # before the work
         ckpt = find_model(args.ckpt, args.adapter)

@@ -22,7 +22,7 @@ import torch
 import figures
 import lora
 import train_sft
-from checkpoint import find_last, find_model, load_last, load_model, save_model
+from checkpoint import find_last, find_model, load_last, load_model, save_model, save_tokenizer
 from common import fail, not_negative, positive, rank, to_path, world
 from constraints import LIST_KEYS, SENTENCE, WORDS, check, fold, outcomes, render, sentences
 from data import builtin
@@ -115,7 +115,7 @@ class Rollouts:
 
     def __call__(self, step):
         rows = [self.rows[i % len(self.rows)] for i in range(step * self.prompts, (step + 1) * self.prompts)]
-        seed = (self.seed * 1_000_003 + step) * world() + rank()
+        seed = ((self.seed * 1_000_003 + step) * world() + rank()) % 2**63
         groups = self.write(rows[rank()::world()], self.group, seed, temperature=1.0)
         chosen = (advantages if self.algo == "pg" else whole)(groups)
         batches = [self.weighted(chosen[i:i + self.batch_size]) for i in range(0, len(chosen), self.batch_size)]
@@ -266,6 +266,7 @@ def main(argv=None):
     def save(directory):
         if args.adapter:
             lora.save(directory, model, args.init, base)
+            save_tokenizer(directory, tokenizer)
         else:
             save_model(directory, model, tokenizer)
     try:

@@ -18,7 +18,7 @@ import dataset
 import figures
 import lora
 from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model
-from common import fail, fraction, not_negative, positive, rank, to_path, world
+from common import fail, fraction, not_negative, positive, rank, seed_number, to_path, world
 from data import builtin
 from dataset import next_token_loss, total_loss
 from records import read_instructions, read_stories, split_by_story
@@ -236,7 +236,7 @@ def training_parser(description):
     # bookkeeping
     flag("--eval-every", type=positive(int), help="steps between validations (default: a fifth of all)")
     flag("--save-every", type=positive(int), help="steps between saves of last/ (default: as --eval-every)")
-    flag("--seed", type=not_negative(int), default=1337, help="(default: %(default)s)")
+    flag("--seed", type=seed_number, default=1337, help="(default: %(default)s)")
     # machine
     flag("--dtype", choices=["32-true", "bf16-true", "bf16-mixed"],
          help="(default: bf16-mixed on a GPU; 32-true on a CPU, where it is often the faster one)")
@@ -400,8 +400,9 @@ def sft_parser(description):
                         help="of the constraints: as they stand, or drawn anew in each epoch (default: %(default)s)")
     parser.add_argument("--drop", type=fraction, default=0.0, help="chance of each constraint to be left out, drawn "
                                                                    "anew in each epoch; one stays (default: 0)")
-    parser.add_argument("--replay", type=fraction, default=0.0, help="add whole plain stories, as in pretraining: this "
-                                                                     "share of all supervised tokens (default: 0)")
+    parser.add_argument("--replay", type=common.number(float, lambda share: 0 <= share <= 0.95, "is outside [0, 0.95]"),
+                        default=0.0, help="add whole plain stories, as in pretraining: this share of all supervised "
+                                          "tokens (default: 0)")
     parser.add_argument("--replay-data", type=to_path, help="their file (default: the base's own pretraining texts)")
     return parser
 

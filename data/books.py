@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 import constraints  # noqa: E402
-from common import check_writable, command_line, fail, positive, write_jsonl  # noqa: E402
+from common import check_writable, command_line, fail, positive, seed_number, write_jsonl  # noqa: E402
 from data import generate  # noqa: E402
 
 TITLE, NEW_WORDS, RETOLD, SECOND = 0.5, 0.4, 0.6, 0.5  # probabilities; RETOLD: of a story with a list of new words
@@ -95,7 +95,7 @@ def exercises(n, seed):
 def main(argv=None):
     parser = command_line("Write the texts that the base model is pretrained on.")
     parser.add_argument("--n", type=positive(int), default=10_000, help="number of texts (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="same seed, same texts (default: %(default)s)")
+    parser.add_argument("--seed", type=seed_number, default=1, help="same seed, same texts (default: %(default)s)")
     parser.add_argument("--exercises", action="store_true", help="lines that are repeated, instead of books")
     parser.add_argument("--out", default="out/data/books.jsonl", help="JSONL records with a text; overwritten")
     args = parser.parse_args(argv)

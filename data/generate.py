@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402
 
-from common import check_writable, command_line, fail, write_jsonl  # noqa: E402
+from common import check_writable, command_line, fail, seed_number, write_jsonl  # noqa: E402
 from constraints import FEATURES, KEYS, has_dialogue, render, sentences  # noqa: E402
 
 VERSION = 2                     # of what is written: another number when the same seed gives other stories
@@ -428,7 +428,7 @@ def instructions(records, seed):
 def parse_args(argv=None):
     parser = command_line("Compose small Chinese stories with truthful labels.")
     parser.add_argument("--n", type=int, default=20000, help="number of stories")
-    parser.add_argument("--seed", type=int, default=1, help="same seed, same stories")
+    parser.add_argument("--seed", type=seed_number, default=1, help="same seed, same stories")
     parser.add_argument("--split", choices=("train", "heldout"), default="train",
                         help="heldout: each story's 词汇 is a pair of words that no train story has together")
     parser.add_argument("--slot-words", action="store_true",

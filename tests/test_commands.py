@@ -1,6 +1,7 @@
 """Every command as a user types it, in-process: what it prints, what it writes, and what it says to bad input."""
 import copy
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -308,6 +309,10 @@ BAD_FLAGS = [
     (sample, ["--top-p", "0"], "--top-p"), (sample, ["--top-p", "1.5"], "--top-p"),
     (sample, ["--top-k", "-1"], "--top-k"), (sample, ["--max-new-tokens", "0"], "--max-new-tokens"),
     (sample, ["--best-of", "0"], "--best-of"), (sample, ["--best-of", "1.5"], "--best-of"),
+    (sample, ["--adapter-scale", "nan"], "--adapter-scale"), (sample, ["--adapter-scale", "inf"], "--adapter-scale"),
+    (sample, ["--temperature", "inf"], "--temperature"), (sample, ["--seed", str(2**63)], "--seed"),
+    (sample, ["--device", "meta"], "--device"), (sample, ["--instruction", "词汇：\udcff"], "surrogate"),
+    (sample, ["--prompt", "\ud83d"], "surrogate"), (train_sft, ["--replay", "0.99999999"], "--replay"),
     (sample, ["--out", "x.jsonl"], "--file"), (sample, ["--guidance-scale", "1.5"], "--guidance-scale"),
     (sample, ["--dtype", "fp8"], "--dtype"), (sample, ["--device", "abacus"], "--device"),
     (sample, ["--ckpt", "nowhere"], "nowhere"), (sample, ["--file", "nowhere.txt"], "nowhere.txt"),
@@ -398,6 +403,20 @@ def shard_of(name):
     (lambda path: (path / "tokenizer.model").write_bytes(b"x" * 99), ["tokenizer.model"]),
     (weights(lambda t: t.update({"model.norm.weight": torch.ones(31)})), ["model.norm.weight", "(31,)", "(32,)"]),
     (weights(lambda t: t.pop("model.norm.weight")), ["model.norm.weight", "missing"]),
+    (weights(lambda t: t["model.norm.weight"].fill_(math.nan)), ["model.norm.weight", "no number"]),
+    (weights(lambda t: t["model.norm.weight"].fill_(math.inf)), ["model.norm.weight", "infinite"]),
+    (weights(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)})), ["norm.weight", "int64"]),
+    (weights(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.bool)})), ["norm.weight", "bool"]),
+    *[(config(**{key: value}), ["config.json", key])
+      for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+                  "intermediate_size", "vocab_size", "max_position_embeddings")
+      for value in (True, "4", [4], -1, 0, 1.5, math.nan, math.inf, 10**9)],
+    *[(config(**{key: value}), ["config.json", key]) for key in ("rms_norm_eps", "rope_theta")
+      for value in (True, "1e-5", [1], -1, 0, math.nan, math.inf)],
+    *[(config(**{key: value}), ["config.json", key]) for key in ("tie_word_embeddings", "attention_bias", "mlp_bias")
+      for value in (1, "true", [])],
+    *[(config(sliding_window=value), ["config.json", "sliding_window"]) for value in (True, "x", math.nan, 0)],
+    (config(rope_parameters={"rope_theta": "x"}), ["config.json", "rope_theta"]),
 ], ids=lambda v: v[0] if isinstance(v, list) else None)
 def test_a_broken_model_directory(change, words, model_dir, pairs_file, tmp_path, refused):
     base = broken(model_dir, tmp_path / "base", change)

@@ -1,11 +1,13 @@
 """lora.py, the library part: PEFT is the judge. B is random in every test, or it would prove nothing."""
 import json
+import math
 import shutil
 
 import conftest
 import pytest
 import torch
 from conftest import tiny_config
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import lora
@@ -13,6 +15,7 @@ import sample
 from checkpoint import load_model, save_model, save_tokenizer
 from model import GPT, GPTConfig
 
+TOKENIZER_FILES = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -126,12 +129,25 @@ def test_what_does_not_fit_is_named(tok, tmp_path):
     config = json.loads((tmp_path / lora.CONFIG).read_text())
     inits = ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "mica", "lora_ga")  # all change the base's weights
     for change, says in [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "IA3"),
+                         *(({key: value}, key) for key in ("r", "lora_alpha", "lora_dropout")
+                           for value in (True, "8", [8], -1, math.nan, math.inf)),
+                         ({"r": 1.5}, "r 1.5"), ({"use_rslora": "no"}, "use_rslora"),
+                         ({"use_qalora": True}, "use_qalora"),
                          *(({"init_lora_weights": name}, f"init_lora_weights '{name}'") for name in inits)]:
         (tmp_path / lora.CONFIG).write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=says):
             lora.load(tmp_path, random_model(model.config))
-    (tmp_path / lora.TENSORS).write_bytes(b"x")
     (tmp_path / lora.CONFIG).write_text(json.dumps(config))
+    tensors = load_file(tmp_path / lora.TENSORS)
+    for metadata in ("3", "x", '["base"]'):
+        save_file(tensors, tmp_path / lora.TENSORS, metadata={"base": metadata})
+        with pytest.raises(ValueError, match="not a safetensors file of an adapter"):
+            lora.load(tmp_path, random_model(model.config))
+    for value in (math.nan, math.inf):
+        save_file({name: tensor * value for name, tensor in tensors.items()}, tmp_path / lora.TENSORS)
+        with pytest.raises(ValueError, match="no finite numbers"):
+            lora.load(tmp_path, random_model(model.config))
+    (tmp_path / lora.TENSORS).write_bytes(b"x")
     with pytest.raises(ValueError, match="safetensors"):
         lora.load(tmp_path, random_model(model.config))
     (tmp_path / lora.TENSORS).unlink()
@@ -161,6 +177,7 @@ def test_sample_and_evaluate_take_an_adapter(model_dir, pairs_file, tmp_path, ca
     results = [json.loads((tmp_path / f"eval{n}" / "eval.json").read_text(encoding="utf-8")) for n in (0, 2)]
     assert results[0]["plain_nll"] == results[0]["base_nll"] == results[1]["base_nll"] != results[1]["plain_nll"]
     refused(sample.main, ["--ckpt", model_dir, "--adapter", tmp_path, "--prompt", "x"], lora.CONFIG)
+    refused(sample.main, ["--ckpt", tmp_path / "a", "--prompt", "x"], "LoRA adapter", "--adapter")
     refused(evaluate.main, ["--ckpt", model_dir, "--adapter", tmp_path], lora.CONFIG)
 
 
@@ -202,7 +219,8 @@ def test_an_adapter_is_trained_and_resumed_bit_for_bit(model_dir, pairs_file, tm
     assert "trainable parameters of" in said and "铲子" in said  # the test cases at the end
     losses = [row["val_loss"] for row in map(json.loads, open(out / "log.jsonl")) if "val_loss" in row]
     assert losses[-1] < losses[0] - 0.02
-    assert {p.name for p in out.iterdir()} == {lora.CONFIG, lora.TENSORS, "last", "log.jsonl", "loss.png", "args.json"}
+    assert {p.name for p in out.iterdir()} == {lora.CONFIG, lora.TENSORS, "last", "log.jsonl", "loss.png", "args.json",
+                                               *TOKENIZER_FILES}
     assert {p.name: p.read_bytes() for p in model_dir.iterdir()} == before
 
     class Stop(Exception):
@@ -269,7 +287,20 @@ def test_only_the_adapter_is_optimized(model_dir, pairs_file, tmp_path):
     assert len(moments) == 2 * 2 * model.config.n_layer
     assert sum(s["exp_avg"].numel() for s in moments) == sum(
         4 * (32 + out) for out in (32, 32)) * model.config.n_layer  # n_embd 32, two heads of 16
-    assert {p.name for p in last.iterdir()} == {lora.CONFIG, lora.TENSORS, "train_state.pt"}
+    assert {p.name for p in last.iterdir()} == {lora.CONFIG, lora.TENSORS, "train_state.pt", *TOKENIZER_FILES}
+
+
+def test_peft_finds_base_and_tokenizer_from_any_folder(model_dir, pairs_file, tmp_path, monkeypatch):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    monkeypatch.chdir(model_dir.parent)
+    lora.main(settings(model_dir.name, pairs_file, tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained("run")
+    ours, tok = load_model(model_dir, tmp_path / "run")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDX).logits, ours.eval()(IDX), atol=1e-4, rtol=1e-3)
+    text = "词汇：铲子\n故事"
+    assert transformers.AutoTokenizer.from_pretrained("run")(text)["input_ids"] == tok.encode(text)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
