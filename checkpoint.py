@@ -23,6 +23,7 @@ from model import GPT, GPTConfig
 
 WEIGHTS = "model.safetensors"
 STATE = "train_state.pt"
+GENERATION = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "top_k": 30, "max_new_tokens": 400}  # as sample.py
 MAX_PADDING = 512  # a model's vocabulary may be padded beyond the tokenizer's to a round number, not more
 
 
@@ -125,6 +126,7 @@ def save_model(directory, model, tokenizer):
         del tensors["lm_head.weight"]
     save_tokenizer(directory, tokenizer)
     write_json(directory / "config.json", hf_config(model.config, tokenizer, model.lm_head.weight.dtype))
+    write_json(directory / "generation_config.json", GENERATION | {"eos_token_id": tokenizer.eos_id})
     write_atomic(directory / WEIGHTS, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
 
 

@@ -22,6 +22,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+VERSION = "0.28"
+
 # ---- the command line ----
 
 def command_line(description, prog=None):
@@ -31,6 +33,7 @@ def command_line(description, prog=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(prog, description=description)
+    parser.add_argument("--version", action="version", version=f"MicroStories {VERSION}, PyTorch {torch.__version__}")
     parser.error = fail
     return parser
 
@@ -237,6 +240,35 @@ def lock(directory):
         raise ValueError(f"--out {directory}: another run is writing there") from None
     except OSError:
         os.close(fd)
+
+
+# ---- logging elsewhere ----
+
+LOGGERS = "tensorboard", "wandb"
+
+
+def logger(name, out, settings):
+    """--log -> tell(fields), which shows a line of log.jsonl there; None -> None. Ends the command if the package is
+    not installed."""
+    if name is None:
+        return None
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    try:
+        if name == "wandb":
+            import wandb
+            run = wandb.init(project="microstories", name=Path(out).name, dir=str(out), config=settings)
+            return lambda fields: run.log({k: v for k, v in fields.items() if k != "step"}, step=fields["step"])
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        fail(f"--log {name}: pip install {name}")
+    writer = SummaryWriter(Path(out) / "tensorboard")
+    writer.add_text("settings", json.dumps(settings, indent=2, ensure_ascii=False, default=str))
+
+    def tell(fields):
+        for key, value in fields.items():
+            if key != "step" and value is not None:
+                writer.add_scalar(key, value, fields["step"])
+    return tell
 
 
 # ---- stopping ----

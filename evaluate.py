@@ -6,6 +6,7 @@ rules) and the floor (the untuned base). Every rate has a 95% bootstrap interval
 
 Of the features a rule sees only 对话; what cannot be checked is left out, and counted.
 """
+import math
 import time
 import unicodedata
 from collections import defaultdict
@@ -30,6 +31,7 @@ from constraints import EACH_WORD, FEATURE, FEATURES, KEYS, SENTENCE, SUMMARY, W
 from data import builtin
 from data.judged import add_rivals, builtin_rows, checkable, read_rows
 from dataset import by_length, encode_prompt, mean_loss
+from records import read_stories
 from sample import BEST_OF_TEMPERATURE, encode_request, generate_all, ranks
 
 RESAMPLES = 2000  # of the bootstrap
@@ -107,6 +109,17 @@ def plain_loss(model, tokenizer, stories):
     size = model.config.block_size
     ids = [([tokenizer.eos_id] + tokenizer.encode(story) + [tokenizer.eos_id])[:size] for story in stories if story]
     return mean_loss(model, by_length([(row, row) for row in ids], 16))
+
+
+def perplexity(model, tokenizer, stories):
+    """-> a line on the loss of plain stories: per token, and per character, which other tokenizers can be compared by.
+    A story counts as far as it fits into the context."""
+    size = model.config.block_size
+    ids = [(tokenizer.encode(story) + [tokenizer.eos_id])[:size - 1] for story in stories]
+    tokens, characters = sum(map(len, ids)), sum(len(tokenizer.decode(row)) for row in ids)
+    loss = plain_loss(model, tokenizer, stories)
+    return (f"{len(stories)} stories, {tokens:,} tokens: {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, "
+            f"{loss * tokens / characters / math.log(2):.3f} bits per character")
 
 
 def repetition(stories):
@@ -234,6 +247,8 @@ def parse_args(argv=None):
     parser.add_argument("--base", type=to_path,
                         help="the untuned model (default: the base that ships, if it has --ckpt's tokenizer)")
     parser.add_argument("--data", type=to_path, help="instruction records (default: handwritten and generated ones)")
+    parser.add_argument("--text", type=to_path, metavar="FILE",
+                        help="only the loss and perplexity of plain stories, in any format that pretrain.py reads")
     parser.add_argument("--out", type=to_path, help="folder for eval.json (default: --adapter, else --ckpt)")
     parser.add_argument("--samples", type=positive(int), default=2, metavar="N",
                         help=f"stories an instruction; from {BEST_OF} on also the best of 1, 2, 4, … of them, as "
@@ -266,6 +281,8 @@ def main(argv=None):
         check_writable(out)  # before the work
         device = pick_device(args.device)
         model, tokenizer = load_model(ckpt, args.adapter)
+        if args.text:
+            return print(perplexity(model.to(device, torch.float32).eval(), tokenizer, read_stories(args.text)))
         base = load_base(args.base, tokenizer)
         for some in filter(None, (model, base)):
             some.to(device, torch.float32)

@@ -30,6 +30,7 @@ SETTINGS = {
     "microstories": {"lr": 5e-4, "batch_size": 32, "grad_accum": 16, "weight_decay": 0.1, "warmup": 1000,
                      "epochs": 1.0, "vocab_size": 65024},
 }
+GEOMETRY = ("n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "intermediate_size")
 BUILTIN_TOKENIZER = 12_000  # texts that the built-in corpus's tokenizer is trained on
 MUON_LR = 6  # Muon's learning rate, as a multiple of AdamW's
 VAL_WINDOWS = 48  # of block_size tokens: enough to see the loss fall, and no time lost
@@ -42,9 +43,28 @@ def parse_args(argv=None):
     parser.add_argument("--tokenizer", type=to_path, help="tokenizer.model to use (default: train one on --data)")
     parser.add_argument("--vocab-size", type=positive(int), default=4096,
                         help="pieces of a newly trained tokenizer (default: %(default)s)")
+    for name in GEOMETRY:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive(int),
+                            help="of a new model (default: the preset's)")
     parser.set_defaults(out=Path("out/base"), val_fraction=0.01, **SETTINGS["small"])
     parser.set_defaults(**SETTINGS[parser.parse_known_args(argv)[0].preset])
-    return parse(parser, argv, fixed=("init", "preset", "tokenizer", "vocab_size"))
+    args = parse(parser, argv, fixed=("init", "preset", "tokenizer", "vocab_size", *GEOMETRY))
+    if args.init and (given := [name for name in GEOMETRY if getattr(args, name)]):
+        fail(f"--{given[0].replace('_', '-')} is for a new model; that of --init has a shape already")
+    return args
+
+
+def new_config(args):
+    """The shape of a new model: the preset's but for the flags. Raises ValueError for heads that cannot be shared."""
+    given = {name: getattr(args, name) for name in GEOMETRY if getattr(args, name)}
+    if "n_head" in given:
+        given = {"n_kv_head": given["n_head"]} | given
+    config = replace(PRESETS[args.preset], **given)
+    if config.n_head % config.n_kv_head:
+        raise ValueError(f"--n-head {config.n_head} is no multiple of --n-kv-head {config.n_kv_head}")
+    if config.head_size % 2:
+        raise ValueError(f"--head-size {config.head_size} is odd; RoPE turns pairs")
+    return config
 
 
 class MuonAdamW:
@@ -170,7 +190,7 @@ def main(argv=None):
             ready = args.tokenizer or (args.data if manifest else None)
             tokenizer = (tokenizers.load(ready) if ready
                          else train_tokenizer(texts, args.vocab_size, of_grammar=args.data is None))
-            config = PRESETS[args.preset]
+            config = new_config(args)
             # the preset's vocabulary may be its tokenizer's, padded (the study's is); else the tokenizer decides
             if not (ready and fits(tokenizer, config)):
                 config = replace(config, vocab_size=tokenizer.vocab_size)

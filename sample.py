@@ -6,6 +6,7 @@
     python sample.py --prompt "从前有一只小猫"
     python sample.py --file prompts.txt --out stories.jsonl
 """
+import contextlib
 import re
 import sys
 import time
@@ -42,6 +43,7 @@ CASES = [
     ("instruction", f"{TWO_WORDS}\n{CLOUDS}\n{ANT}", COMBINED),
 ]
 BEST_OF_TEMPERATURE = 0.7
+INTERACTIVE = "temperature", "top-p", "top-k", "best-of", "max-new-tokens", "seed"  # flags that /… sets
 BATCH = 64  # stories that are written at once
 JSON = re.compile(r"\s*(\{|\[\s*[{\]])")  # how a file of records begins; [词汇]：… is the text of a prompt
 
@@ -199,6 +201,42 @@ def continue_file(model, tokenizer, instructions, max_new_tokens, seed, sampling
     print(f"{len(stories)} stories -> {out}")
 
 
+def converse(model, tokenizer, args, sampling):
+    """Lines make an instruction, a blank line tells its story; /temperature 0.8 sets a flag, /quit ends."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, arrow keys and history
+    print("Constraint lines, then a blank line: a story. /temperature 0.8, /best-of 8, … change a flag; /quit ends.")
+    lines, told = [], 0
+    while True:
+        try:
+            line = input("  " if lines else "> ")
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        if line.startswith("/"):
+            name, _, value = line[1:].strip().partition(" ")
+            if name in ("quit", "exit"):
+                return
+            try:
+                if name not in INTERACTIVE:
+                    fail(f"/{name}: there are {', '.join('/' + known for known in INTERACTIVE)}, /quit")
+                new = parse_args([f"--{name}={value.strip()}"])
+            except SystemExit:  # it has said what is wrong
+                continue
+            name = name.replace("-", "_")
+            setattr(args, name, getattr(new, name))
+            if name in sampling:
+                sampling[name] = getattr(new, name) or (0 if name == "temperature" else None)
+        elif line.strip():
+            lines.append(line)
+        elif lines:
+            try:
+                print_story(model, tokenizer, "instruction", "\n".join(lines), args.max_new_tokens, args.seed + told,
+                            sampling, args.best_of)
+            except ValueError as e:
+                print(e)
+            lines, told = [], told + 1  # the same lines again are another story
+
+
 def parse_args(argv=None):
     parser = common.command_line("Write stories. Without a prompt: the study's eight test cases.")
     parser.add_argument("--ckpt", nargs="?", type=to_path,
@@ -210,6 +248,7 @@ def parse_args(argv=None):
     parser.add_argument("--instruction", action="append", default=[],
                         help=r"constraint lines, \n between them (repeatable)")
     parser.add_argument("--prompt", action="append", default=[], help="the opening of a story (repeatable)")
+    parser.add_argument("-i", "--interactive", action="store_true", help="type instructions, read stories")
     parser.add_argument("--file", type=to_path, help="JSONL instruction records, or blocks separated by blank lines")
     parser.add_argument("--out", type=to_path, help="with --file: write JSONL records here")
     parser.add_argument("--overwrite", action="store_true", help="--out may be there already")
@@ -263,7 +302,9 @@ def main(argv=None):
                           args.best_of)
         for kind, text in requests:
             print_story(model, tokenizer, kind, text, args.max_new_tokens, args.seed, sampling, args.best_of)
-        if not instructions and not requests:
+        if args.interactive:
+            converse(model, tokenizer, args, sampling)
+        elif not instructions and not requests:
             print_cases(model, tokenizer, args.max_new_tokens, args.seed, args.best_of, **usual, **given)
     except (ValueError, OSError) as e:
         fail(e)

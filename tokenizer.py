@@ -33,7 +33,7 @@ class Tokenizer:
         self.space_bytes = [self.sp.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
         if "tokenizer_config.json" not in files:
             files["tokenizer_config.json"] = json.dumps(self._config(), indent=2).encode()
-        add_no_tokens(files)
+        set_usage(files)
 
     def encode(self, text):
         """str -> list of ids. decode(encode(x)) == x for every string without surrogates (with our own tokenizers)."""
@@ -83,13 +83,20 @@ class Tokenizer:
         return config
 
 
-def add_no_tokens(files):
-    """Models are trained here without BOS, and with EOS only where a story ends: let no other program add them."""
+# the prompt of dataset.py, for programs that talk to a model in turns: one instruction, one story
+CHAT = ("{% for message in messages %}{% if message['role'] == 'user' %}Instruct: {{ message['content'] }}\nOutput:"
+        "{% elif message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
+
+
+def set_usage(files):
+    """Tell other programs how models are used that are trained here: without BOS, with EOS only where a story ends,
+    after our prompt."""
     config = json.loads(files["tokenizer_config.json"])
     adds = str(config.get("tokenizer_class")).startswith("Llama")  # a Llama's adds BOS where nothing is said
     if config.get("add_bos_token", adds) or config.get("add_eos_token"):
         config |= {"add_bos_token": False, "add_eos_token": False}
-        files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+    config["chat_template"] = CHAT
+    files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
     fast = json.loads(files.get("tokenizer.json", "{}"))
     if fast.get("post_processor"):
         files["tokenizer.json"] = json.dumps(fast | {"post_processor": None}, ensure_ascii=False).encode()

@@ -71,7 +71,7 @@ def compile_model(model):
 
 def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None, warmup=None, decay_rate=1.0,
           grad_clip=1.0, eval_every=None, save_every=None, dtype="32-true", compile=False, seed=1337,
-          loss_fn=next_token_loss, optimizer=None, state=None, measured=dict):
+          loss_fn=next_token_loss, optimizer=None, state=None, measured=dict, keep=0, tell=None):
     """Train the parameters of `model` that require gradients, in place, and keep the run directory `out`. -> the best
     validation loss, None without one.
 
@@ -82,7 +82,8 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
     norm, 0 is off. eval_every, save_every: in steps (default: a fifth of all); last/ is also saved every ten minutes.
     dtype: "bf16-mixed" runs loss_fn under autocast. optimizer: over these parameters (default: `adamw`). state: what
     `load_last` gives, to resume. seed: of what is drawn in a step (dropout). measured() -> what else the line of
-    log.jsonl says of a step, or of a validation. Ctrl-C, SIGTERM and SIGHUP save, then exit 130. Raises
+    log.jsonl says of a step, or of a validation; tell(fields) hears the same. keep: of the saves of last/, so many more
+    stay as out/step-…, without their state. Ctrl-C, SIGTERM and SIGHUP save, then exit 130. Raises
     FloatingPointError when the loss is not finite, OSError when something cannot be written; the last save stays.
     ValueError when the log cannot be read, or the state is another optimizer's.
     """
@@ -109,7 +110,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
             raise ValueError("the run was begun with another optimizer") from None
         for group, now in zip(optimizer.param_groups, settings):
             group.update(now)  # this call's settings, not those of the call that saved
-    log = open_log(out, done)
+    log = open_log(out, done, tell)
 
     def evaluate():
         """Validation loss of the weights as they are. The best so far become the model directory."""
@@ -131,6 +132,11 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
         saved = time.monotonic()
         if rank() == 0:
             save_last(out, save, {"step": done, "best": best, "optimizer": optimizer.state_dict()})
+            if keep:
+                with common.new_directory(out / f"step-{done:06}") as new:
+                    save(new)
+                for old in sorted(out.glob("step-" + "[0-9]" * 6))[:-keep]:
+                    shutil.rmtree(old)
 
     print(f"{out}: {sum(p.numel() for p in params):,} trainable parameters, {steps} steps, {dtype} on {device}"
           + (f", {world()} processes" if world() > 1 else ""))
@@ -174,9 +180,9 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
     return best and best[0]
 
 
-def open_log(out, done):
-    """-> log(**fields), which writes a line of out/log.jsonl. What was logged after step `done` is done again and goes,
-    as does a line that a crash cut short."""
+def open_log(out, done, tell=None):
+    """-> log(**fields), which writes a line of out/log.jsonl and calls tell(fields). What was logged after step `done`
+    is done again and goes, as does a line that a crash cut short."""
     if rank() > 0:
         return lambda **fields: None
     path = out / "log.jsonl"
@@ -191,6 +197,8 @@ def open_log(out, done):
     def log(**fields):
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(fields) + "\n")
+        if tell:
+            tell(fields)
     return log
 
 
@@ -236,6 +244,9 @@ def training_parser(description):
     # bookkeeping
     flag("--eval-every", type=positive(int), help="steps between validations (default: a fifth of all)")
     flag("--save-every", type=positive(int), help="steps between saves of last/ (default: as --eval-every)")
+    flag("--keep", type=not_negative(int), default=0, metavar="N",
+         help="keep the last N saves as model directories out/step-… (default: %(default)s)")
+    flag("--log", choices=common.LOGGERS, help="besides log.jsonl (pip install tensorboard, or wandb)")
     flag("--seed", type=seed_number, default=1337, help="(default: %(default)s)")
     # machine
     flag("--dtype", choices=["32-true", "bf16-true", "bf16-mixed"],
@@ -341,6 +352,9 @@ def run(args, model, batches, val_batches, save, state=None, make_optimizer=adam
         fail(f"--resume: the run in {args.out} has made {state['step']} steps already, of {steps}: a larger "
              "--max-steps or --epochs goes on")
     args.fingerprint = data
+    settings = {name: value for name, value in vars(args).items() if value not in (None, False) and name not in ONCE}
+    print(", ".join(f"{name} {value}" for name, value in settings.items() if name != "fingerprint"))
+    tell = common.logger(args.log, args.out, settings) if rank() == 0 else None
     common.wait_for_all()  # all have looked at --out before the first one writes to it
     # bf16-true: weights and optimizer state in bfloat16. bf16-mixed: both in float32, bfloat16 inside autocast.
     model.to(device, torch.bfloat16 if dtype == "bf16-true" else torch.float32)
@@ -349,7 +363,7 @@ def run(args, model, batches, val_batches, save, state=None, make_optimizer=adam
             open_run(args, fresh=state is None)
         train(model, batches, val_batches, args.out, save, steps=steps, lr=args.lr, min_lr=args.min_lr,
               warmup=args.warmup, decay_rate=args.decay_rate, grad_clip=args.grad_clip, eval_every=args.eval_every,
-              save_every=args.save_every, dtype=dtype, compile=args.compile, seed=args.seed,
+              save_every=args.save_every, dtype=dtype, compile=args.compile, seed=args.seed, keep=args.keep, tell=tell,
               optimizer=make_optimizer(model, args.lr, args.weight_decay, (args.beta1, args.beta2)), state=state,
               **of_train)
     except FloatingPointError as e:
@@ -374,8 +388,8 @@ def open_run(args, fresh):
     except ValueError as e:
         fail(e)
     if fresh:
-        for name in ("last", "last.old", "last.new"):
-            shutil.rmtree(out / name, ignore_errors=True)
+        for old in (*out.glob("last*"), *out.glob("step-*")):
+            shutil.rmtree(old, ignore_errors=True)
         for name in (*WEIGHTS_FILES, "log.jsonl", "loss.png"):
             (out / name).unlink(missing_ok=True)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ONCE}

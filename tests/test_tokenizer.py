@@ -96,7 +96,8 @@ def test_another_tokenizer_model_loads_and_keeps_its_files(tmp_path):
     assert tok.decode(tok.encode("小猫在河边捡到一个铲子")) == "小猫在河边捡到一个铲子"
     tok.encode("a▁b")
     save_tokenizer(tmp_path, tok)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"tokenizer_class": "T5Tokenizer"}
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"tokenizer_class": "T5Tokenizer",
+                                                                            "chat_template": tokenizers.CHAT}
     assert tokenizers.load(path / "tokenizer.model").vocab_size == tok.vocab_size
 
 
