@@ -8,7 +8,9 @@ written: each is made beside its place and then renamed.
 """
 import json
 import math
+import os
 import pickle
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -131,12 +133,13 @@ def save_model(directory, model, tokenizer):
 
 
 def load_model(directory, adapter=None, adapter_scale=1.0):
-    """A model directory -> (GPT, Tokenizer); the weights keep the precision of the file. adapter: the directory of a
-    LoRA adapter to put on the model; adapter_scale: how much of it, 0 is the model alone.
+    """A model directory, or the name of one on the Hugging Face hub -> (GPT, Tokenizer); the weights keep the precision
+    of the file. adapter: the directory of a LoRA adapter to put on the model; adapter_scale: how much of it, 0 is the
+    model alone.
 
     Raises ValueError naming the file or the tensor that is missing or does not fit.
     """
-    directory = Path(directory)
+    directory = from_hub(directory)
     if not (directory / "config.json").is_file():
         adapter = (directory / lora.CONFIG).is_file()
         raise ValueError(f"{directory}: no model directory " + (
@@ -169,6 +172,25 @@ def load_model(directory, adapter=None, adapter_scale=1.0):
     if adapter is not None:
         lora.load(adapter, model, adapter_scale)
     return model, tokenizer
+
+
+def from_hub(name):
+    """owner/model, where there is no folder of that name -> the folder to which the hub's files were downloaded; any
+    other path as it is. HF_ENDPOINT names a mirror. Raises ValueError."""
+    path = Path(name)
+    if path.parent.exists() and str(path.parent) != "." or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f"{name}: no such folder; a model on the hub needs pip install huggingface_hub") from None
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "tokenizer.model"],
+                                      endpoint=os.environ.get("HF_ENDPOINT")))
+    except Exception as e:  # of its own, of the HTTP library beneath, or of the file system
+        problem = str(e.__cause__ or e).strip().split("\n")[0]
+        raise ValueError(f"{name}: no such folder, and not to be had from the hub ({problem}; HF_ENDPOINT names a "
+                         "mirror)") from None
 
 
 def read_tensors(directory):
