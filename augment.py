@@ -41,9 +41,9 @@ from constraints import (
 from data.clean import CHECKS, CHINESE, clean
 from data.duplicates import near_duplicates
 from data.extract import EXTRACTS, candidate_words, choose_words, extract
-from records import BOM, RowError, instruction_of, scan, story_hash, text_field
+from records import RowError, instruction_of, scan, story_hash, text_field, to_utf8
 
-BLOCKS = re.compile(r"\A\ufeff?\s*(?![{[])(?:.*<\|endoftext\|>|.*^\s*(?:story|故事)\s*[:：])", re.S | re.M | re.I)
+BLOCKS = re.compile(r"\A(?!\ufeff?\s*[{[])(?:.*<\|endoftext\|>|.*^\s*(?:story|故事)\s*[:：])", re.S | re.M | re.I)
 
 
 @dataclass(slots=True)
@@ -105,13 +105,12 @@ def read_rows(path, encoding="utf-8"):
         if not BLOCKS.search(head.decode(encoding, "ignore")):
             yield from scan(f, path, encoding)
             return
-        for row, block in enumerate(f.read().split(b"<|endoftext|>"), 1):
+        for row, block in enumerate(to_utf8(f, path, encoding).read().split(b"<|endoftext|>"), 1):
             if block.strip():
                 try:
-                    yield row, block.removeprefix(BOM).decode(encoding)
+                    yield row, block.decode("utf-8-sig")
                 except UnicodeDecodeError:
-                    text = block.decode(encoding, "replace")
-                    yield row, RowError(f"{path}: row {row} is not {encoding.upper()}", text)
+                    yield row, RowError(f"{path}: row {row} is not UTF-8", block.decode("utf-8", "replace"))
 
 
 def read_row(path, row, record):

@@ -102,6 +102,11 @@ def gpt_config(path):
             c["rope_theta"] = rope["rope_theta"]
         c["rope_theta"] = float(c["rope_theta"])
         check_value(path, "head_dim", c["head_dim"])  # it may have been computed
+        if c["num_attention_heads"] % c["num_key_value_heads"]:
+            raise ValueError(f"{path}: num_attention_heads {c['num_attention_heads']} is no multiple of "
+                             f"num_key_value_heads {c['num_key_value_heads']}")
+        if c["head_dim"] % 2:
+            raise ValueError(f"{path}: head_dim {c['head_dim']} is odd; RoPE turns pairs")
         stored = {field.name: HF_NAMES.get(field.name, field.name) for field in fields(GPTConfig)}
         return GPTConfig(**{name: c[key] for name, key in stored.items() if key in c})
     except json.JSONDecodeError as e:
@@ -164,8 +169,8 @@ def load_model(directory, adapter=None, adapter_scale=1.0):
             raise ValueError(f"{directory}: tensor {name} is {tuple(tensors[name].shape)}, but config.json asks for "
                              f"{tuple(expected[name].shape)}")
         if not tensors[name].is_floating_point() or not torch.isfinite(tensors[name]).all():
-            kind = "infinite or no number" if tensors[name].is_floating_point() else str(tensors[name].dtype)
-            raise ValueError(f"{directory}: tensor {name} has values that are {kind}")
+            wrong = "has NaN or infinite values" if tensors[name].is_floating_point() else f"is {tensors[name].dtype}"
+            raise ValueError(f"{directory}: tensor {name} {wrong}")
     model.load_state_dict(tensors, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -178,14 +183,15 @@ def from_hub(name):
     """owner/model, where there is no folder of that name -> the folder to which the hub's files were downloaded; any
     other path as it is. HF_ENDPOINT names a mirror. Raises ValueError."""
     path = Path(name)
-    if path.parent.exists() and str(path.parent) != "." or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    name = path.as_posix()
+    if path.parent.exists() and str(path.parent) != "." or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return path
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError(f"{name}: no such folder; a model on the hub needs pip install huggingface_hub") from None
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "tokenizer.model"],
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"],
                                       endpoint=os.environ.get("HF_ENDPOINT")))
     except Exception as e:  # of its own, of the HTTP library beneath, or of the file system
         problem = str(e.__cause__ or e).strip().split("\n")[0]
@@ -250,7 +256,7 @@ def find_last(out):
     for last in (Path(out, "last"), Path(out, "last.old")):
         if (last / STATE).is_file():
             try:
-                state = torch.load(last / STATE, weights_only=True)
+                state = torch.load(last / STATE, map_location="cpu", weights_only=True)
                 if not isinstance(state["step"], int) or not {"best", "optimizer"} <= set(state):
                     raise ValueError("not the state of a run")
                 return last, state

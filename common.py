@@ -1,6 +1,7 @@
 """What every command shares: the command line and its errors, device and precision, atomic writes, stop signals, and
 the processes of a torchrun."""
 import argparse
+import atexit
 import codecs
 import contextlib
 import ctypes
@@ -78,6 +79,7 @@ def to_path(text):
 def codec(name):
     """A type for argparse: the name of an encoding."""
     try:
+        b"".decode(name)  # hex and base64 are codecs, too, and not of text
         return codecs.lookup(name).name
     except LookupError:
         raise argparse.ArgumentTypeError(f"no encoding is called {name!r}") from None
@@ -252,17 +254,19 @@ def logger(name, out, settings):
     not installed."""
     if name is None:
         return None
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     try:
         if name == "wandb":
             import wandb
             run = wandb.init(project="microstories", name=Path(out).name, dir=str(out), config=settings)
             return lambda fields: run.log({k: v for k, v in fields.items() if k != "step"}, step=fields["step"])
         from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(Path(out) / "tensorboard")
     except ImportError:
         fail(f"--log {name}: pip install {name}")
-    writer = SummaryWriter(Path(out) / "tensorboard")
-    writer.add_text("settings", json.dumps(settings, indent=2, ensure_ascii=False, default=str))
+    except Exception as e:  # no login, no network: errors of their own
+        fail(f"--log {name}: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}")
+    atexit.register(writer.close)
+    writer.add_text("settings", json.dumps(settings, indent=2, ensure_ascii=False))
 
     def tell(fields):
         for key, value in fields.items():
@@ -287,6 +291,8 @@ class StopSignals:
     def request(self, signum, frame):
         self.requested = True
         signal.signal(signum, self.previous[signum])
+        if signum == getattr(signal, "SIGHUP", None):  # the terminal has gone: what is printed to it would fail
+            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
     def __exit__(self, *_):
         for signum, handler in self.previous.items():

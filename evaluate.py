@@ -18,6 +18,7 @@ import torch
 from checkpoint import find_base, find_model, load_model
 from common import (
     check_writable,
+    codec,
     command_line,
     fail,
     not_negative,
@@ -32,7 +33,7 @@ from data import builtin
 from data.judged import add_rivals, builtin_rows, checkable, read_rows
 from dataset import by_length, encode_prompt, mean_loss
 from records import read_stories
-from sample import BEST_OF_TEMPERATURE, encode_request, generate_all, ranks
+from sample import BEST_OF_TEMPERATURE, encode_request, generate_all, scores
 
 RESAMPLES = 2000  # of the bootstrap
 BEST_OF = 4  # from so many stories an instruction on, the best of them is judged, too
@@ -95,10 +96,10 @@ def best_of(model, tokenizer, rows, drawn, max_new_tokens):
     chosen = {2 ** i: [] for i in range(samples.bit_length())}
     for row, some in zip(rows, drawn):
         prompt = encode_prompt(tokenizer, render(row["constraints"]))
-        worth = ranks(model, tokenizer, prompt, row["constraints"], some, max_new_tokens)
+        score = scores(model, tokenizer, prompt, row["constraints"], some, max_new_tokens)
         for k, stories in chosen.items():
             groups = [range(i, i + k) for i in range(0, samples - k + 1, k)]
-            stories.append([tokenizer.decode(some[max(group, key=worth.__getitem__)]) for group in groups])
+            stories.append([tokenizer.decode(some[max(group, key=score.__getitem__)]) for group in groups])
     return chosen
 
 
@@ -249,6 +250,7 @@ def parse_args(argv=None):
     parser.add_argument("--data", type=to_path, help="instruction records (default: handwritten and generated ones)")
     parser.add_argument("--text", type=to_path, metavar="FILE",
                         help="only the loss and perplexity of plain stories, in any format that pretrain.py reads")
+    parser.add_argument("--encoding", type=codec, default="utf-8", help="of --data and --text (default: %(default)s)")
     parser.add_argument("--out", type=to_path, help="folder for eval.json (default: --adapter, else --ckpt)")
     parser.add_argument("--samples", type=positive(int), default=2, metavar="N",
                         help=f"stories an instruction; from {BEST_OF} on also the best of 1, 2, 4, … of them, as "
@@ -278,15 +280,21 @@ def main(argv=None):
     try:
         ckpt = find_model(args.ckpt, args.adapter)
         out = args.out or args.adapter or ckpt
-        check_writable(out)  # before the work
+        if args.text and (args.data or args.out or args.base):
+            raise ValueError("--text goes without --data, --base and --out: it prints a line and writes nothing")
+        if not args.text:
+            if not (args.out or args.adapter) and not ckpt.is_dir():
+                raise ValueError(f"--out: {ckpt} is no folder, where should eval.json go?")
+            check_writable(out)  # before the work
         device = pick_device(args.device)
         model, tokenizer = load_model(ckpt, args.adapter)
         if args.text:
-            return print(perplexity(model.to(device, torch.float32).eval(), tokenizer, read_stories(args.text)))
+            stories = read_stories(args.text, args.encoding)
+            return print(perplexity(model.to(device, torch.float32).eval(), tokenizer, stories))
         base = load_base(args.base, tokenizer)
         for some in filter(None, (model, base)):
             some.to(device, torch.float32)
-        rows = read_rows(args.data) if args.data else builtin_rows()
+        rows = read_rows(args.data, args.encoding) if args.data else builtin_rows()
         temperature = args.temperature
         if temperature is None:
             temperature = BEST_OF_TEMPERATURE if args.samples >= BEST_OF else 0.2

@@ -108,7 +108,8 @@ def save(directory, model, base="", base_fingerprints=None):
     as it was loaded, if its precision has been changed since."""
     directory, parts = Path(directory), adapters(model)
     one = next(iter(parts.values()))
-    base = str(Path(base).resolve()) if base and Path(base).is_dir() else str(base)  # found from any folder
+    base = str(Path(base).resolve()) if base and Path(base).is_dir() else (
+        base and Path(base).as_posix())  # found from any folder
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": one.r,
               "lora_alpha": one.alpha, "lora_dropout": one.lora_dropout.p, "use_rslora": one.scaling == "rslora",
               "target_modules": sorted({name.rsplit(".", 1)[-1] for name in parts}), "bias": "none",
@@ -149,7 +150,7 @@ def load(directory, model, scale=1.0):
                              ("lora_dropout", dropout, is_number(dropout) and 0 <= dropout < 1),
                              ("use_rslora", rslora, isinstance(rslora, bool))):
         if not good:
-            raise ValueError(f"{directory / CONFIG}: {key} {value!r} will not do")
+            raise ValueError(f"{directory / CONFIG}: {key} {value!r} is not valid")
     if kind != "LORA" or unknown:
         raise ValueError(f"{directory / CONFIG}: {unknown[0] if unknown else kind} is not supported (plain LoRA is)")
     try:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import tokenizer as tokenizers
 from checkpoint import fits, load_last, load_model, save_model
-from common import fail, has_bf16, positive, rank, to_path, wait_for_all, world
+from common import fail, has_bf16, lock, positive, rank, to_path, wait_for_all, world
 from constraints import KEYS
 from data import builtin, generate
 from dataset import PROMPT, TokenBatches
@@ -138,6 +138,7 @@ def write_tokens(path, texts, tokenizer):
     """Stories -> a file of their ids, an EOS behind each; returned as a memory-mapped array (N,)."""
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock(path.parent.parent)  # the run directory: another run may be reading these files
         with open(path, "wb") as f:
             for text in texts:
                 f.write(tokenizer.story(text).tobytes())

@@ -14,7 +14,7 @@ import re
 import sys
 from itertools import chain, groupby
 
-from constraints import fold, parse_record
+from constraints import NEWLINE, fold, parse_record
 
 BOM = codecs.BOM_UTF8
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -72,12 +72,12 @@ def usual(record):
         if isinstance(turns := record.get(field), list):
             if not all(isinstance(turn, dict) for turn in turns):
                 raise ValueError(f"has {field!r} that are no turns")
-            said = [(SPEAKERS.get(turn.get(who), turn.get(who)), turn.get(what)) for turn in turns]
-            spoken = [speaker for speaker, _ in said if speaker != "system"]
-            if spoken not in (["instruction"], ["instruction", "output"]):
-                raise ValueError(f"has turns of {', '.join(map(str, spoken))}; one instruction and one story are "
-                                 "wanted")
-            record = {key: value for key, value in record.items() if key != field} | dict(said)
+            said = {str(turn.get(who)): turn.get(what) for turn in turns}
+            speakers = [str(turn.get(who)) for turn in turns if turn.get(who) != "system"]
+            if [SPEAKERS.get(speaker) for speaker in speakers] not in (["instruction"], ["instruction", "output"]):
+                raise ValueError(f"has the turns {', '.join(speakers)}; one instruction and one story are needed")
+            record = {key: value for key, value in record.items() if key != field} | {
+                SPEAKERS.get(speaker, speaker): text for speaker, text in said.items()}
     for theirs, ours in ALIASES.items():
         if theirs in record and not record.keys() & {ours, *(["story_zh", "story"] if ours == "text" else [])}:
             record = {ours if key == theirs else key: value for key, value in record.items()}
@@ -86,11 +86,7 @@ def usual(record):
 
 def _scan(f, name, encoding):
     kind = str(name).lower().rpartition(".")[2]
-    if encoding != "utf-8":
-        try:
-            f = io.BytesIO(f.read().decode(encoding).encode())
-        except UnicodeError:
-            raise ValueError(f"{name} is not {encoding.upper()}") from None
+    f = to_utf8(f, name, encoding)
     head, filled = [], []
     while len(filled) < 2 and (line := f.readline()):
         head.append(line)
@@ -118,6 +114,16 @@ def _scan(f, name, encoding):
                 yield row, RowError(f"{name}: row {row} {e}", line.decode("utf-8", "replace"))
 
 
+def to_utf8(f, name, encoding):
+    """An open binary file in some encoding -> the same in UTF-8. Raises ValueError."""
+    if encoding == "utf-8":
+        return f
+    try:
+        return io.BytesIO(f.read().decode(encoding).encode())
+    except UnicodeError:
+        raise ValueError(f"{name} is not {encoding.upper()}") from None
+
+
 def refuse_other_formats(name, first_line):
     """Raise a ValueError for what is often given in place of text."""
     for kind, pattern in OTHER_FORMATS.items():
@@ -141,7 +147,7 @@ def _table(name, data, delimiter):
     try:
         lines = io.StringIO(data.decode("utf-8-sig"), newline="")
     except UnicodeDecodeError:
-        raise ValueError(f"{name} is not UTF-8 (--encoding gb18030?)") from None
+        raise ValueError(f"{name} is not UTF-8") from None
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     row = 0
     try:
@@ -159,10 +165,10 @@ def _table(name, data, delimiter):
 def _text(name, data):
     """Plain text -> (row, {"text": story}): stories that blank lines separate, or, without any, one a line."""
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        lines = NEWLINE.split(data.decode("utf-8-sig").strip())
     except UnicodeDecodeError:
-        raise ValueError(f"{name} is not UTF-8 (--encoding gb18030?)") from None
-    stories, by_blank = blocks(lines), any(not line.strip() for line in "\n".join(lines).strip().splitlines())
+        raise ValueError(f"{name} is not UTF-8") from None
+    stories, by_blank = blocks(lines), not all(line.strip() for line in lines)
     if not by_blank:
         stories = [line for line in lines if line.strip()]
     print(f"{name}: {len(stories)} stories, {'separated by blank lines' if by_blank else 'one a line'}")

@@ -95,9 +95,9 @@ def mean_log_probs(model, prompt, drawn):
             for mean in (log_probs(model, x, y).sum(1).cpu() / (y != IGNORE).sum(1).clamp(min=1)).tolist()]
 
 
-def ranks(model, tokenizer, prompt, constraints, drawn, max_new_tokens):
-    """The worth of each of the drawn continuations: (how much it meets of what a rule can tell, how likely it is). The
-    best is the largest."""
+def scores(model, tokenizer, prompt, constraints, drawn, max_new_tokens):
+    """For each of the drawn continuations (how much it meets of what a rule can tell, its mean log probability). The
+    largest is the best."""
     room = min(max_new_tokens, model.config.block_size - len(prompt))
     ended = [ids + [tokenizer.eos_id] * (len(ids) < room) for ids in drawn]
     met = [sum(flat(check(tokenizer.decode(ids), constraints)).values()) for ids in drawn]
@@ -106,12 +106,12 @@ def ranks(model, tokenizer, prompt, constraints, drawn, max_new_tokens):
 
 def best(model, tokenizer, prompt, constraints, drawn, max_new_tokens):
     """-> the best story of the drawn continuations, and a line that says how many of them meet everything."""
-    worth = ranks(model, tokenizer, prompt, constraints, drawn, max_new_tokens)
-    story = tokenizer.decode(drawn[worth.index(max(worth))])
+    score = scores(model, tokenizer, prompt, constraints, drawn, max_new_tokens)
+    story = tokenizer.decode(drawn[score.index(max(score))])
     asked = len(flat(check(story, constraints)))
     if not asked:
         return story, f"the likeliest of {len(drawn)}: nothing that can be checked is asked for"
-    whole = sum(met == asked for met, _ in worth)
+    whole = sum(met == asked for met, _ in score)
     return story, f"{whole} of {len(drawn)} meet everything that can be checked"
 
 
@@ -201,17 +201,32 @@ def continue_file(model, tokenizer, instructions, max_new_tokens, seed, sampling
     print(f"{len(stories)} stories -> {out}")
 
 
-def converse(model, tokenizer, args, sampling):
-    """Lines make an instruction, a blank line tells its story; /temperature 0.8 sets a flag, /quit ends."""
+def given_sampling(args):
+    """The sampling values that the flags give, and the temperature that several draws want."""
+    given = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    usual = {"temperature": BEST_OF_TEMPERATURE} if args.best_of > 1 else {}
+    chosen = usual | {name: value for name, value in given.items() if value is not None}
+    return chosen | ({"top_k": None} if args.top_k == 0 else {})
+
+
+def converse(model, tokenizer, args):
+    """Read constraint lines; a blank line ends an instruction, and its story is written. /temperature 0.8 sets a flag,
+    /quit ends."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, arrow keys and history
     print("Constraint lines, then a blank line: a story. /temperature 0.8, /best-of 8, … change a flag; /quit ends.")
     lines, told = [], 0
     while True:
+        ended = False
         try:
             line = input("  " if lines else "> ")
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
+            line, ended = "", True
+        except KeyboardInterrupt:
             return print()
+        except UnicodeDecodeError as e:
+            print(f"what was typed is not {e.encoding}")
+            continue
         if line.startswith("/"):
             name, _, value = line[1:].strip().partition(" ")
             if name in ("quit", "exit"):
@@ -222,19 +237,21 @@ def converse(model, tokenizer, args, sampling):
                 new = parse_args([f"--{name}={value.strip()}"])
             except SystemExit:  # it has said what is wrong
                 continue
-            name = name.replace("-", "_")
-            setattr(args, name, getattr(new, name))
-            if name in sampling:
-                sampling[name] = getattr(new, name) or (0 if name == "temperature" else None)
+            setattr(args, name.replace("-", "_"), getattr(new, name.replace("-", "_")))
+            told = 0 if name == "seed" else told
         elif line.strip():
             lines.append(line)
         elif lines:
             try:
                 print_story(model, tokenizer, "instruction", "\n".join(lines), args.max_new_tokens, args.seed + told,
-                            sampling, args.best_of)
+                            SINGLE | given_sampling(args), args.best_of)
             except ValueError as e:
                 print(e)
+            except KeyboardInterrupt:  # enough of this story
+                print()
             lines, told = [], told + 1  # the same lines again are another story
+        if ended:
+            return print()
 
 
 def parse_args(argv=None):
@@ -254,13 +271,13 @@ def parse_args(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="--out may be there already")
     # sampling
     parser.add_argument("--best-of", type=positive(int), default=1, metavar="N",
-                        help="draw N stories, show the one that meets most of what can be checked, of equals the "
-                             "likeliest (default: %(default)s)")
+                        help="draw N stories, show the one that meets most of what can be checked, of equals the one "
+                             "of the highest mean log probability (default: %(default)s)")
     parser.add_argument("--temperature", type=not_negative(float),
                         help="0 is argmax (default: 0.2, with --best-of 0.7)")
-    parser.add_argument("--top-p", type=number(float, lambda p: 0 < p <= 1, "is outside (0, 1]"), default=0.9,
-                        help="in (0, 1] (default: %(default)s)")
-    parser.add_argument("--top-k", type=not_negative(int), default=30, help="0 is off (default: %(default)s)")
+    parser.add_argument("--top-p", type=number(float, lambda p: 0 < p <= 1, "is outside (0, 1]"),
+                        help=f"in (0, 1] (default: {SINGLE['top_p']})")
+    parser.add_argument("--top-k", type=not_negative(int), help=f"0 is off (default: {SINGLE['top_k']})")
     parser.add_argument("--max-new-tokens", type=positive(int), default=400, help="(default: %(default)s)")
     parser.add_argument("--seed", type=seed_number, default=1337, help="(default: %(default)s)")
     # machine
@@ -278,9 +295,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    given = {} if args.temperature is None else {"temperature": args.temperature}
-    usual = {"temperature": BEST_OF_TEMPERATURE} if args.best_of > 1 else {}
-    sampling = SINGLE | usual | given | {"top_p": args.top_p, "top_k": args.top_k or None}
+    given = given_sampling(args)
+    sampling = SINGLE | given
     requests = [("instruction", text.replace("\\n", "\n")) for text in args.instruction]
     requests += [("prompt", text) for text in args.prompt]
     try:
@@ -303,9 +319,9 @@ def main(argv=None):
         for kind, text in requests:
             print_story(model, tokenizer, kind, text, args.max_new_tokens, args.seed, sampling, args.best_of)
         if args.interactive:
-            converse(model, tokenizer, args, sampling)
+            converse(model, tokenizer, args)
         elif not instructions and not requests:
-            print_cases(model, tokenizer, args.max_new_tokens, args.seed, args.best_of, **usual, **given)
+            print_cases(model, tokenizer, args.max_new_tokens, args.seed, args.best_of, **given)
     except (ValueError, OSError) as e:
         fail(e)
 

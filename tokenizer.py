@@ -120,7 +120,7 @@ def load(path):
     files["tokenizer.model"] = model.read_bytes()
     try:
         tokenizer = Tokenizer(files)
-    except (RuntimeError, ValueError) as e:
+    except (RuntimeError, ValueError, AttributeError, TypeError) as e:
         raise ValueError(f"{model}: not a usable SentencePiece model ({str(e).strip()})") from None
     if lost := [c for c in "\n，：“”" if c not in tokenizer.decode(tokenizer.encode(f"好{c}好"))]:
         print(f"notice: {model} does not give back {' '.join(map(repr, lost))}; stories and prompts will lack them",

@@ -7,8 +7,9 @@ it; the loss is the model's own, each story weighted by its advantage; the valid
 fixed instructions, so the run keeps the model of the best reward.
 
 Each story is used for one update, so there is no ratio of old and new probabilities, and nothing to clip. The baseline
-is the mean of the group, and its standard deviation divides nothing (Dr. GRPO, arXiv 2503.20783); a group whose stories
-are all equally good has no gradient and is left out (DAPO, arXiv 2503.14476); every token of a step counts alike.
+is the mean of the group; advantages are not divided by its standard deviation (Dr. GRPO, arXiv 2503.20783). A group
+whose stories are all equally good has no gradient and is left out (DAPO, arXiv 2503.14476). Every token of a step
+counts alike.
 --algo rft is rejection sampling instead (RAFT, arXiv 2504.11343): only stories that meet everything, as if they were
 data.
 """
@@ -31,19 +32,20 @@ from dataset import collate, encode_prompt, fingerprint
 from decoding import generate
 from evaluate import plain_loss, repetition
 from model import IGNORE, to_device
+from records import split_by_story
 from sample import encode_request, log_probs
 
 JUDGED = 64     # instructions whose mean reward chooses the model
 BATCH = 64      # of them that are continued at once
 NEARLY = 0.8    # of a sentence, in order: worth half of it
-USUAL = 0.9     # quantile of the repetition in the stories of the instructions: what a story may have
+USUAL = 0.9     # quantile of the repeated 4-grams in the rows' own stories: repetition beyond it is penalized
 LISTED = 0.5    # is taken off a story that has the line of words as it stands
 KEPT = 2        # --algo rft: stories of one instruction that are learnt from, at most
 
 
 # ---- the reward ----
 
-def shared(a, b):
+def lcs_length(a, b):
     """Length of the longest common subsequence of two strings."""
     row = [0] * (len(b) + 1)
     for char in a:
@@ -74,12 +76,12 @@ def judge(row, story, ended, usual_repetition):
             shares[key] = sum(known) / len(known)
     if shares.get(SENTENCE) == 0:
         asked = fold(constraints[SENTENCE])
-        best = max((shared(asked, fold(told)) for told in sentences(story)), default=0)
+        best = max((lcs_length(asked, fold(told)) for told in sentences(story)), default=0)
         shares[SENTENCE] = 0.5 * (best >= NEARLY * len(asked))
     again = repetition([story])["rep4"] or 0.0
-    minus = max(0.0, again - usual_repetition) + LISTED * is_list(constraints.get(WORDS, []), story)
-    reward = max(0.0, ended * float(np.mean(list(shares.values()))) - minus)
-    whole = ended and not minus and all(ok[0] for name, ok in outcomes(met).items() if name in constraints)
+    penalty = max(0.0, again - usual_repetition) + LISTED * is_list(constraints.get(WORDS, []), story)
+    reward = max(0.0, ended * float(np.mean(list(shares.values()))) - penalty)
+    whole = ended and not penalty and all(ok[0] for name, ok in outcomes(met).items() if name in constraints)
     return {"reward": reward, "whole": whole, "ended": ended, "rep4": again, **shares}
 
 
@@ -90,8 +92,8 @@ class Rollouts:
     instructions of the step; `measured()` says how they were.
 
     rows: instructions (of judged.py), `prompts` of them a step, `group` stories each, at temperature 1 from all of the
-    model's probabilities: what is sampled from is what is trained. reference: the model as it was at the start. kl:
-    what each nat by which a token has become likelier than there takes off its advantage.
+    model's probabilities: what is sampled from is what is trained. reference: the model as it was at the start. kl: a
+    token's weight is its story's advantage - kl · (log p - log p of the reference).
     """
 
     def __init__(self, model, tokenizer, rows, reference, *, algo="pg", prompts=16, group=8, batch_size=16, kl=0.0,
@@ -100,28 +102,36 @@ class Rollouts:
         self.algo, self.prompts, self.group, self.batch_size = algo, prompts, group, batch_size
         self.kl, self.seed, self.max_new_tokens = kl, seed, max_new_tokens
         self.steps_per_epoch = -(-len(rows) // prompts)
-        told = [repetition([row["story"]])["rep4"] for row in rows if row["story"]]
-        self.usual_repetition = float(np.quantile(told, USUAL)) if told else 1.0
-        self.figures = {}
+        again = [repetition([row["story"]])["rep4"] for row in rows if row["story"]]
+        again = [share for share in again if share is not None]  # a story of three characters has no 4-grams
+        self.usual_repetition = float(np.quantile(again, USUAL)) if again else 1.0
+        self.sums = defaultdict(lambda: [0.0, 0])  # {figure: [sum, number]} since the last line of the log
 
     def fingerprint(self):
         """Changes with the instructions: a resumed run checks it."""
         return fingerprint(render(row["constraints"]).encode() for row in self.rows)
 
     def measured(self):
-        """How the last step's stories were (of the first process), and what the last validation found beside it."""
-        figures, self.figures = self.figures, {}
-        return figures
+        """How the stories of the step, or of the validation, were: means, under torchrun those of the first process."""
+        means = {name: total / n for name, (total, n) in self.sums.items()}
+        self.sums.clear()
+        return means
+
+    def count(self, prefix="", **values):
+        for name, value in values.items():
+            self.sums[prefix + name][0] += float(value)
+            self.sums[prefix + name][1] += 1
 
     def __call__(self, step):
         rows = [self.rows[i % len(self.rows)] for i in range(step * self.prompts, (step + 1) * self.prompts)]
         seed = ((self.seed * 1_000_003 + step) * world() + rank()) % 2**63
         groups = self.write(rows[rank()::world()], self.group, seed, temperature=1.0)
-        chosen = (advantages if self.algo == "pg" else whole)(groups)
-        batches = [self.weighted(chosen[i:i + self.batch_size]) for i in range(0, len(chosen), self.batch_size)]
-        self.figures |= means([story for group in groups for story in group])
-        self.figures["equal_groups"] = float(np.mean([len({s["reward"] for s in group}) == 1 for group in groups]))
-        return batches
+        for group in groups:
+            self.count(equal_groups=len({story["reward"] for story in group}) == 1)
+            for story in group:
+                self.count(**{name: value for name, value in story.items() if name != "row"})
+        chosen = (advantages if self.algo == "pg" else rejection_sampled)(groups)
+        return [self.weighted(chosen[i:i + self.batch_size]) for i in range(0, len(chosen), self.batch_size)]
 
     def write(self, rows, n, seed, temperature):
         """n stories for each row -> a list of groups of them: what `judge` says, and (ids, labels)."""
@@ -136,9 +146,9 @@ class Rollouts:
             for ids in drawn[i * n:(i + 1) * n]:
                 ended = len(ids) < min(self.max_new_tokens, size - len(prompt))
                 story = judge(row, self.tokenizer.decode(ids), ended, self.usual_repetition)
-                told = ids + [eos] * ended  # the end is learnt, too; a story that was cut has none
-                groups[-1].append(story | {"tokens": len(told),
-                                           "row": (prompt + told, [IGNORE] * len(prompt) + told)})
+                completion = ids + [eos] * ended  # the end is learnt, too; a story that was cut has none
+                groups[-1].append(story | {"tokens": len(completion),
+                                           "row": (prompt + completion, [IGNORE] * len(prompt) + completion)})
         return groups
 
     def weighted(self, chosen):
@@ -148,16 +158,20 @@ class Rollouts:
         supervised = y != IGNORE
         now = log_probs(self.model, x, y).cpu()
         change = now - log_probs(self.reference, x, y).cpu()
-        # of sampled tokens: the mean of -log p is the entropy, that of log p - log p_start the KL divergence
-        self.figures |= {"entropy": -now[supervised].mean().item(), "kl": change[supervised].mean().item()}
+        # means over sampled tokens: of -log p the entropy, of log p - log p of the reference the KL divergence
+        for name, values in (("entropy", -now[supervised]), ("kl", change[supervised])):
+            self.sums[name][0] += values.sum().item()
+            self.sums[name][1] += len(values)
         return x, y, weights - self.kl * change
 
     def loss(self, model, batch):
         """The loss of a batch for the loop, as of `next_token_loss`. A list of rows is for validation: 1 - reward."""
         if isinstance(batch, list):
             stories = [group[0] for group in self.write(batch, 1, self.seed, temperature=0.2)]
-            self.figures |= {f"val_{name}": value for name, value in means(stories).items()}
-            self.figures["plain_nll"] = plain_loss(model, self.tokenizer, self.plain)
+            for story in stories:
+                self.count("val_", **{name: value for name, value in story.items() if name != "row"})
+            if self.plain and "plain_nll" not in self.sums:
+                self.count(plain_nll=plain_loss(model, self.tokenizer, self.plain))
             return torch.tensor(sum(1 - story["reward"] for story in stories)), len(stories)
         x, y, weights = batch
         return model(to_device(x, model.lm_head.weight.device), y, weights), (y != IGNORE).sum().item()
@@ -170,23 +184,20 @@ def advantages(groups):
         rewards = [story["reward"] for story in group]
         if max(rewards) > min(rewards):
             chosen += [(story["row"], reward - float(np.mean(rewards))) for story, reward in zip(group, rewards)]
-    return chosen or [(groups[0][0]["row"], 0.0)]  # a step without a gradient is a step, too
+    return chosen or nothing(groups)
 
 
-def whole(groups):
+def rejection_sampled(groups):
     """-> [((ids, labels), 1.0)] of the first KEPT stories of each group that meet everything."""
     kept = [(story["row"], 1.0) for group in groups for story in [s for s in group if s["whole"]][:KEPT]]
-    return kept or [(groups[0][0]["row"], 0.0)]
+    return kept or nothing(groups)
 
 
-def means(stories):
-    """{figure: its mean over the stories that have it}."""
-    values = defaultdict(list)
-    for story in stories:
-        for name, value in story.items():
-            if name != "row":
-                values[name].append(value)
-    return {name: float(np.mean(some)) for name, some in values.items()}
+def nothing(groups):
+    """A step without a gradient is a step, too: one token, of weight 0."""
+    ids, labels = groups[0][0]["row"]
+    n = labels.count(IGNORE) + 1
+    return [((ids[:n], labels[:n]), 0.0)]
 
 
 # ---- the command ----
@@ -201,8 +212,7 @@ def parse_args(argv=None):
     flag("--prompts", type=positive(int), default=16, help="instructions of a step (default: %(default)s)")
     flag("--group", type=positive(int), default=8, help="stories an instruction (default: %(default)s)")
     flag("--kl", type=not_negative(float), default=0.0,
-         help="a token's advantage less this much for each nat that it has become likelier since the start "
-              "(default: %(default)s)")
+         help="subtract this much of log p - log p at the start from a token's weight (default: %(default)s)")
     parser.set_defaults(out=Path("out/rl"), lr=1e-4, max_steps=150, warmup=5)
     args = train_sft.parse(parser, argv, fixed=("init", "adapter", "algo", "prompts", "group", "kl"))
     if args.group < 2 and args.algo == "pg":
@@ -217,18 +227,20 @@ def parse_args(argv=None):
 def load_rows(args):
     """-> (instructions to write for, instructions to judge by), rows of judged.py that a rule can judge."""
     if args.data:
-        rows, own = read_rows(args.data, args.encoding), args.val_data and read_rows(args.val_data, args.encoding)
-        n = min(JUDGED, max(1, int(args.val_fraction * len(rows))))
-        rows, judged = (rows, own) if own else (rows[n:], rows[:n])
+        train_file, val_file = train_sft.data_files(args)
+        rows = read_rows(train_file, args.encoding)
+        rows, judged = (rows, read_rows(val_file, args.encoding)) if val_file else split_by_story(
+            rows, args.val_fraction, story=lambda row: row["story"] or render(row["constraints"]))
     else:
-        rows, judged = builtin.reinforcement(args.max_steps * args.prompts), builtin.reinforcement_validation(JUDGED)
+        rows, judged = builtin.reinforcement(), builtin.reinforcement_validation(JUDGED)
     both = []
-    for some in (rows, judged):
+    for some in (rows, judged[:JUDGED]):
         some = checkable(some)
         add_rivals(some, args.seed)
         both.append([row for row in some if outcomes(check("", row["constraints"], row["rivals"]))])
     if not all(both):
-        raise ValueError("nothing that these instructions ask for can be checked")
+        raise ValueError("nothing that these instructions ask for can be checked, or too few of them are left to judge "
+                         "the model by")
     return both
 
 
@@ -239,6 +251,8 @@ def load_models(args):
         model = load_model(args.init)[0].float()
         last, state = find_last(args.out) if args.resume else (args.adapter, None)
         lora.load(last, model)
+        for adapter in lora.adapters(model).values():  # what writes the stories has no dropout
+            adapter.lora_dropout.p = 0.0
     elif args.resume:
         model, tokenizer, state = load_last(args.out)
     else:
@@ -252,6 +266,8 @@ def main(argv=None):
         train_sft.check_out(args)
         device = train_sft.start(args)
         args.init = find_model(args.init, args.adapter)
+        if args.out.resolve() in {path.resolve() for path in (args.init, args.adapter) if path}:
+            raise ValueError(f"--out {args.out} is the model that the run starts from")
         rows, judged = load_rows(args)
         model, tokenizer, reference, state = load_models(args)
         for row in rows + judged:
@@ -269,12 +285,12 @@ def main(argv=None):
             save_tokenizer(directory, tokenizer)
         else:
             save_model(directory, model, tokenizer)
-    try:
-        train_sft.run(args, model, rollouts, [judged[i:i + BATCH] for i in range(0, len(judged), BATCH)], save, state,
-                      loss_fn=rollouts.loss, measured=rollouts.measured)
-    finally:
-        if rank() == 0:
-            figures.rl_curves(args.out)
+
+    def draw(out):
+        figures.run_curves(out)
+        figures.rl_curves(out)
+    train_sft.run(args, model, rollouts, [judged[i:i + BATCH] for i in range(0, len(judged), BATCH)], save, state,
+                  loss_fn=rollouts.loss, measured=rollouts.measured, draw=draw)
     train_sft.show(args.out, device, *([args.init, args.out] if args.adapter else [args.out]))
 
 

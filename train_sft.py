@@ -71,7 +71,8 @@ def compile_model(model):
 
 def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None, warmup=None, decay_rate=1.0,
           grad_clip=1.0, eval_every=None, save_every=None, dtype="32-true", compile=False, seed=1337,
-          loss_fn=next_token_loss, optimizer=None, state=None, measured=dict, keep=0, tell=None):
+          loss_fn=next_token_loss, optimizer=None, state=None, measured=dict, keep=0, tell=None,
+          draw=figures.run_curves):
     """Train the parameters of `model` that require gradients, in place, and keep the run directory `out`. -> the best
     validation loss, None without one.
 
@@ -82,9 +83,10 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
     norm, 0 is off. eval_every, save_every: in steps (default: a fifth of all); last/ is also saved every ten minutes.
     dtype: "bf16-mixed" runs loss_fn under autocast. optimizer: over these parameters (default: `adamw`). state: what
     `load_last` gives, to resume. seed: of what is drawn in a step (dropout). measured() -> what else the line of
-    log.jsonl says of a step, or of a validation; tell(fields) hears the same. keep: of the saves of last/, so many more
-    stay as out/step-…, without their state. Ctrl-C, SIGTERM and SIGHUP save, then exit 130. Raises
-    FloatingPointError when the loss is not finite, OSError when something cannot be written; the last save stays.
+    log.jsonl says of a step, or of a validation; tell(fields) hears the same; at the end draw(out) draws it. keep: of
+    the saves of last/, so many more stay as out/step-…, without their state. Ctrl-C, SIGTERM and SIGHUP save, then exit
+    130. Raises FloatingPointError when the loss is not finite, OSError when something cannot be written; the last save
+    stays.
     ValueError when the log cannot be read, or the state is another optimizer's.
     """
     out = Path(out)
@@ -135,7 +137,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
             if keep:
                 with common.new_directory(out / f"step-{done:06}") as new:
                     save(new)
-                for old in sorted(out.glob("step-" + "[0-9]" * 6))[:-keep]:
+                for old in kept_steps(out)[:-keep]:
                     shutil.rmtree(old)
 
     print(f"{out}: {sum(p.numel() for p in params):,} trainable parameters, {steps} steps, {dtype} on {device}"
@@ -171,13 +173,18 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
             if done % save_every == 0 or done == steps or stopping or time.monotonic() - saved > SAVE_SECONDS:
                 save_run()
     if rank() == 0:
-        figures.run_curves(out)
+        draw(out)
     if done < steps:
         print(f"stopped after step {done} of {steps} and saved; --resume --out {out} goes on")
         raise SystemExit(130)
     if best:
         print(f"best validation loss {best[0]:.4f} after step {best[1]}; the model is in {out}")
     return best and best[0]
+
+
+def kept_steps(out):
+    """The folders of --keep, in the order of their steps."""
+    return sorted(out.glob("step-" + "[0-9]" * 6))
 
 
 def open_log(out, done, tell=None):
@@ -205,7 +212,7 @@ def open_log(out, done, tell=None):
 # ---- around the loop: what the three training commands share ----
 
 SAVE_SECONDS = 600  # between saves, at most
-ONCE = ("resume", "overwrite")  # flags of one call, not settings of the run
+ONCE = ("resume", "overwrite", "log")  # flags of one call, not settings of the run
 WEIGHTS_FILES = (WEIGHTS, lora.TENSORS)  # of a model, of an adapter
 
 
@@ -299,8 +306,8 @@ def as_flags(parser, stored, path):
 
 
 def check_out(args):
-    """Before any work: refuse --val-data without --data, and an --out that cannot be written to, that another run is
-    using, or that holds a run, unless the flags say what to do with that, or something else."""
+    """Before any work. Refuse --val-data without --data, and an --out that cannot be written to, is in use by another
+    run, holds something that is not a run, or holds a run while neither --resume nor --overwrite is given."""
     out = args.out
     if args.val_data and args.data is None:
         raise ValueError("--val-data goes with --data: the built-in corpus has a validation part of its own")
@@ -308,11 +315,12 @@ def check_out(args):
         raise ValueError(f"--out {out} is a file, not a directory")
     if rank() == 0 and out.is_dir():
         common.lock(out)
-    patterns = "*.safetensors*", "*.bin*", "*config.json", "last", "last.old"  # last.new was never finished
-    holds = [path.name for pattern in patterns for path in out.glob(pattern)]
-    if not args.resume and (holds or (out / "args.json").exists()) and not is_run(out):
-        raise ValueError(f"--out {out} holds {(holds or ['an args.json'])[0]} and is not a run's: it is never replaced")
-    if holds and not (args.resume or args.overwrite):
+    written = "*.safetensors*", "*.bin*", "*config.json", "last", "last.old", "args.json", "log.jsonl", "step-*"
+    holds = [path.name for pattern in written for path in out.glob(pattern)]
+    if holds and not args.resume and not is_run(out):
+        raise ValueError(f"--out {out} holds {holds[0]} but was not made by a training run: it is never replaced")
+    # a run that was stopped before its first save has a log and settings, and nothing to lose
+    if set(holds) - {"args.json", "log.jsonl"} and not (args.resume or args.overwrite):
         raise ValueError(f"--out {out} already holds a run or a model: --resume goes on, --overwrite starts over")
     common.check_writable(out)
 
@@ -352,15 +360,14 @@ def run(args, model, batches, val_batches, save, state=None, make_optimizer=adam
         fail(f"--resume: the run in {args.out} has made {state['step']} steps already, of {steps}: a larger "
              "--max-steps or --epochs goes on")
     args.fingerprint = data
-    settings = {name: value for name, value in vars(args).items() if value not in (None, False) and name not in ONCE}
-    print(", ".join(f"{name} {value}" for name, value in settings.items() if name != "fingerprint"))
-    tell = common.logger(args.log, args.out, settings) if rank() == 0 else None
     common.wait_for_all()  # all have looked at --out before the first one writes to it
     # bf16-true: weights and optimizer state in bfloat16. bf16-mixed: both in float32, bfloat16 inside autocast.
     model.to(device, torch.bfloat16 if dtype == "bf16-true" else torch.float32)
     try:
+        tell = None
         if rank() == 0:
-            open_run(args, fresh=state is None)
+            settings = open_run(args, fresh=state is None)
+            tell = common.logger(args.log, args.out, settings)
         train(model, batches, val_batches, args.out, save, steps=steps, lr=args.lr, min_lr=args.min_lr,
               warmup=args.warmup, decay_rate=args.decay_rate, grad_clip=args.grad_clip, eval_every=args.eval_every,
               save_every=args.save_every, dtype=dtype, compile=args.compile, seed=args.seed, keep=args.keep, tell=tell,
@@ -379,8 +386,8 @@ def run(args, model, batches, val_batches, save, state=None, make_optimizer=adam
 
 
 def open_run(args, fresh):
-    """Make args.out ready. fresh: no file of an older run there (--overwrite) may pass for one of the new. Ends
-    the command if another run has it."""
+    """Make args.out ready and print the settings -> them. fresh: no file of an older run there (--overwrite) may pass
+    for one of the new. Ends the command if another run has it."""
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -388,12 +395,15 @@ def open_run(args, fresh):
     except ValueError as e:
         fail(e)
     if fresh:
-        for old in (*out.glob("last*"), *out.glob("step-*")):
+        for old in (*(out / name for name in ("last", "last.old", "last.new", "tensorboard")), *kept_steps(out)):
             shutil.rmtree(old, ignore_errors=True)
-        for name in (*WEIGHTS_FILES, "log.jsonl", "loss.png"):
+        for name in (*WEIGHTS_FILES, "log.jsonl", "loss.png", "rl.png", "eval.json"):
             (out / name).unlink(missing_ok=True)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ONCE}
     common.write_json(out / "args.json", settings)
+    shown = {name: value for name, value in settings.items() if value is not None and name != "fingerprint"}
+    print(", ".join(f"{name} {value}" for name, value in shown.items()))
+    return settings
 
 
 def show(out, device, *model):

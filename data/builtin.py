@@ -22,6 +22,7 @@ BOOKS, EXERCISES = 150_000, 80_000  # texts of pretraining. Without exercises wo
 VALIDATION_STORIES = 200            # in thirty million tokens (docs/log.md)
 STORIES, AUTHORED = 3000, 2         # of fine-tuning; and how many instructions each authored story gets
 REPLAYED = 5000                     # texts of pretraining that --replay draws from
+REINFORCED = 2400                   # instructions of train_rl.py
 PLAIN, INSTRUCTIONS = 100, 100
 
 
@@ -50,9 +51,9 @@ def fine_tuning():
     return list(generate.instructions(records, seed))
 
 
-def reinforcement(n):
-    """-> instructions of n stories, which is what train_rl.py lets a model write."""
-    return list(instruction_rows(n, SEEDS["reinforcement"]))
+def reinforcement():
+    """-> the instructions that train_rl.py lets a model write stories for."""
+    return list(instruction_rows(REINFORCED, SEEDS["reinforcement"]))
 
 
 def reinforcement_validation(n):

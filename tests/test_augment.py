@@ -355,8 +355,10 @@ def test_300_malformed_records_lose_no_good_one(tmp_path):
     ("a.jsonl", json.dumps({"messages": [{"role": "user", "content": "词汇：铲子"},
                                          {"role": "assistant", "content": STORY}]}), []),
     ("a.txt", f"{STORY}\n\n{STORY[::-1]}\n", ["--extract", "words"]),
-    ("a.txt", f"词汇：铲子\n故事：{STORY}<|endoftext|>", [])])
-@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
+    ("a.txt", f"词汇：铲子\n故事：{STORY}<|endoftext|>", []),
+    ("a.jsonl", "\n" + json.dumps({"instruction": "词汇：铲子", "output": STORY + "<|endoftext|>"})
+     + "\n" + json.dumps({"instruction": "词汇：铲子", "output": STORY}), [])])
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "utf-16"])
 def test_other_peoples_formats(tmp_path, name, content, more, encoding):
     (tmp_path / name).write_bytes(content.encode(encoding))
     augment.main([str(tmp_path / name), "--out", str(tmp_path / "out"), "--encoding", encoding, "--val-fraction", "0",
@@ -374,7 +376,7 @@ def test_other_peoples_formats(tmp_path, name, content, more, encoding):
     (b'{"data": [' + GOOD.encode() + b"]}", ["a list of records is wanted"]),
     (b'{"prompt": "x", "answers": "y"}\n' * 2, ["row 1 has no 'output'"]),
     (f"instruction,output\n词汇：铲子\n{STORY}\n".encode(), ["row 1 has not as many cells"]),
-    (f"instruction,output\n词汇：铲子,{STORY}\n".encode("gb18030"), ["is not UTF-8", "--encoding"]),
+    (f"instruction,output\n词汇：铲子,{STORY}\n".encode("gb18030"), ["is not UTF-8"]),
     (gzip.compress(GOOD.encode()), ["is gzip-compressed"]),
     (b"PK\x03\x04\n{", ["is a zip file"]),
     (b"\n", ["no rows"]),

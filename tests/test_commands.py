@@ -229,14 +229,14 @@ def test_the_best_of_several_draws_is_shown(say, tok, tmp_path, monkeypatch):
     asked, prompt = {"词汇": ["铲子", "猫"]}, tok.encode("小猫")
     told = ["小猫在河边。", "小猫的铲子。", "铲子和猫。", "小狗。"]
     drawn = [tok.encode(story) for story in told]
-    ranked = sample.ranks(model, tok, prompt, asked, drawn, 30)
+    ranked = sample.scores(model, tok, prompt, asked, drawn, 30)
     assert [met for met, _ in ranked] == [1, 2, 2, 0]
     for ids, (_, mean) in zip(drawn, ranked):  # its own probability, the end's too, and not the prompt's
         with torch.no_grad():
             nats = model(torch.tensor([prompt + ids]))[0].log_softmax(-1)
         steps = [nats[len(prompt) - 1 + i, token].item() for i, token in enumerate([*ids, tok.eos_id])]
         assert mean == pytest.approx(sum(steps) / len(steps), abs=1e-4)
-    [cut] = sample.ranks(model, tok, prompt, asked, drawn[:1], len(drawn[0]))  # not ended: no end to be likely
+    [cut] = sample.scores(model, tok, prompt, asked, drawn[:1], len(drawn[0]))  # not ended: no end to be likely
     assert cut[1] != pytest.approx(ranked[0][1], abs=1e-4)
     likeliest = told[1] if ranked[1] > ranked[2] else told[2]
     assert sample.best(model, tok, prompt, asked, drawn, 30) == (
@@ -250,6 +250,12 @@ def test_the_best_of_several_draws_is_shown(say, tok, tmp_path, monkeypatch):
     assert "of 3 meet everything" in shown and "the likeliest of 3: nothing that can be checked" in shown
     assert "of 3 meet everything" in say("--instruction", "词汇：铲子，猫", "--best-of", "3")
     assert say("--best-of", "2").count("─" * 60) == 8
+    drawn_with = []
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "generate_all", lambda *a, samples, **_: drawn_with.append(a[4]) or [[[1]] * samples])
+        say("--best-of", "2", "--temperature", "0.3", "--top-k", "0")
+    assert len(drawn_with) == 8 and all(s["temperature"] == 0.3 and s["top_k"] is None for s in drawn_with)
+    assert {s["top_p"] for s in drawn_with} == {0.9, 1.0}  # the study's own where none is given
     temperatures = []
     monkeypatch.setattr(sample, "generate", lambda *_, temperature, **__: temperatures.append(temperature) or [[1]] * 2)
     say("--prompt", "小猫", "--best-of", "2")
@@ -403,7 +409,7 @@ def shard_of(name):
     (lambda path: (path / "tokenizer.model").write_bytes(b"x" * 99), ["tokenizer.model"]),
     (weights(lambda t: t.update({"model.norm.weight": torch.ones(31)})), ["model.norm.weight", "(31,)", "(32,)"]),
     (weights(lambda t: t.pop("model.norm.weight")), ["model.norm.weight", "missing"]),
-    (weights(lambda t: t["model.norm.weight"].fill_(math.nan)), ["model.norm.weight", "no number"]),
+    (weights(lambda t: t["model.norm.weight"].fill_(math.nan)), ["model.norm.weight", "NaN"]),
     (weights(lambda t: t["model.norm.weight"].fill_(math.inf)), ["model.norm.weight", "infinite"]),
     (weights(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)})), ["norm.weight", "int64"]),
     (weights(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.bool)})), ["norm.weight", "bool"]),
@@ -417,6 +423,10 @@ def shard_of(name):
       for value in (1, "true", [])],
     *[(config(sliding_window=value), ["config.json", "sliding_window"]) for value in (True, "x", math.nan, 0)],
     (config(rope_parameters={"rope_theta": "x"}), ["config.json", "rope_theta"]),
+    (config(num_attention_heads=3, num_key_value_heads=2), ["num_key_value_heads 2"]),
+    (config(head_dim=15), ["head_dim 15"]),
+    (lambda path: (path / "tokenizer_config.json").write_text("[]"), ["tokenizer.model"]),
+    (lambda path: (path / "tokenizer.json").write_text("[]"), ["tokenizer.model"]),
 ], ids=lambda v: v[0] if isinstance(v, list) else None)
 def test_a_broken_model_directory(change, words, model_dir, pairs_file, tmp_path, refused):
     base = broken(model_dir, tmp_path / "base", change)

@@ -3,6 +3,7 @@ chat templates, perplexity."""
 import builtins
 import json
 import math
+import os
 import sys
 import types
 
@@ -27,18 +28,26 @@ def sft(model_dir, pairs_file, out, *more):
 # ---- logging ----
 
 def test_the_settings_are_printed(model_dir, pairs_file, tmp_path, capsys):
-    sft(model_dir, pairs_file, tmp_path / "run", "--beta2", "0.97")
+    sft(model_dir, pairs_file, tmp_path / "run", "--beta2", "0.97", "--seed", "0")
     line = next(line for line in capsys.readouterr().out.splitlines() if "beta2 0.97" in line)
-    assert "lr 0.0005" in line and "batch_size 4" in line and "fingerprint" not in line
+    assert "lr 0.0005" in line and "seed 0" in line and "batch_size 4" in line and "fingerprint" not in line
 
 
 def test_wandb_hears_what_the_log_has(model_dir, pairs_file, tmp_path, monkeypatch):
     heard, began = [], []
     run = types.SimpleNamespace(log=lambda fields, step: heard.append({"step": step} | fields))
-    fake = types.SimpleNamespace(init=lambda **settings: began.append(settings) or run)
+    fake = types.SimpleNamespace(
+        init=lambda **settings: began.append(settings) or os.stat(settings["dir"]) and run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     assert sft(model_dir, pairs_file, tmp_path / "run", "--log", "wandb") == heard and len(heard) == 7
     assert began[0]["config"]["lr"] == 5e-4 and began[0]["name"] == "run"
+
+    def no_login(**settings):
+        raise RuntimeError("no API key\nsee …")
+    monkeypatch.setattr(fake, "init", no_login)
+    with pytest.raises(SystemExit) as e:
+        sft(model_dir, pairs_file, tmp_path / "other", "--log", "wandb")
+    assert e.value.code == 2
 
 
 def test_tensorboard_hears_what_the_log_has(model_dir, pairs_file, tmp_path, monkeypatch):
@@ -53,6 +62,9 @@ def test_tensorboard_hears_what_the_log_has(model_dir, pairs_file, tmp_path, mon
 
         def add_scalar(self, name, value, step):
             heard.append((step, name, value))
+
+        def close(self):
+            pass
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
     log = sft(model_dir, pairs_file, tmp_path / "run", "--log", "tensorboard")
     assert heard == [(line["step"], name, line[name]) for line in log for name in line if name != "step"]
@@ -156,6 +168,26 @@ def test_lines_make_an_instruction_and_a_blank_line_tells_it(model_dir, monkeypa
     said = capsys.readouterr()
     assert "no room" in said.out and next(typed) == "never read"
     assert [word in said.err for word in ("/nonsense", "--temperature", "--top-p")] == [True] * 3
+
+
+def test_a_story_can_be_stopped_and_what_stands_at_the_end_is_told(model_dir, monkeypatch, capsys):
+    typed = iter(["词汇：铲子", "", "词汇：草地", ""] + ["/best-of 2", "/seed 9", "词汇：小猫"])
+    told = []
+
+    def type_line(prompt):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    def print_story(model, tokenizer, kind, text, n, seed, sampling, best_of):
+        told.append((text, seed, sampling["temperature"], best_of))
+        if len(told) == 1:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(builtins, "input", type_line)
+    monkeypatch.setattr(sample, "print_story", print_story)
+    sample.main(["--ckpt", str(model_dir), "-i", "--device", "cpu", "--seed", "5"])
+    assert told == [("词汇：铲子", 5, 0.2, 1), ("词汇：草地", 6, 0.2, 1), ("词汇：小猫", 9, 0.7, 2)]
 
 
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])

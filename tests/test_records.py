@@ -67,8 +67,9 @@ GOOD = '{"instruction": "词汇：猫", "output": "猫来了。"}'
     ('{"messages": [{"role": "user", "content": "词汇：猫"}]}', ["row 1 has no 'output'"]),
     ('{"messages": ["词汇：猫", "猫来了。"]}', ["row 1 has 'messages' that are no turns"]),
     (json.dumps({"conversations": [{"from": who, "value": "猫"} for who in ("human", "gpt", "human", "gpt")]}),
-     ["row 1 has turns of instruction, output, instruction, output; one"]),
-    ('{"messages": [{"role": "tool", "content": "x"}]}', ["row 1 has turns of tool"]),
+     ["row 1 has the turns human, gpt, human, gpt; one"]),
+    ('{"messages": [{"role": "tool", "content": "x"}]}', ["row 1 has the turns tool"]),
+    ('{"messages": [{"role": ["user"], "content": "x"}]}', ["row 1 has the turns ['user']"]),
     ('{"title": "猫", "content": "猫来了。"}', ["row 1 has no 'instruction'"]),
     (GOOD + '\n{"instruction": " ", "output": "猫来了。"}', ["row 2", "'instruction' is empty"]),
     (GOOD + '\n{"instruction": null, "input": null, "output": "猫来了。"}', ["row 2 has no 'instruction'"]),
@@ -89,7 +90,7 @@ GOOD = '{"instruction": "词汇：猫", "output": "猫来了。"}'
     ('instruction,output\n词汇：猫,"猫来了。', ["row 1 is not CSV"]),
     ('instruction,output\n词汇：猫,\n', ["row 1 has no 'output'"]),
     ("instruction,output\n", ["no rows"]),
-    (b"instruction,output\n" + "词汇：猫,猫".encode("gb18030"), ["is not UTF-8", "--encoding"]),
+    (b"instruction,output\n" + "词汇：猫,猫".encode("gb18030"), ["is not UTF-8"]),
     (b"\x1f\x8b\x08\0\0", ["is gzip-compressed; JSONL"]),
     (b"PK\x03\x04\x14\0", ["is a zip file", "xlsx"]),
     # other encodings
@@ -140,6 +141,7 @@ def test_pairs_in_other_peoples_formats(tmp_path, name, content, encoding):
 @pytest.mark.parametrize("name, content, said", [
     ("a.txt", "\n猫来了。\n它饿了。\n\n \n狗来了。\n", "2 stories, separated by blank lines"),
     ("a.TXT", "猫来了。\r\n狗来了。\r\n", "2 stories, one a line"),
+    ("a.txt", "\n猫来了。\n狗来了。\n\n", "2 stories, one a line"),
     ("a.json", '["猫来了。\\n它饿了。", "狗来了。"]', ""), ("a.jsonl", '"猫来了。"\n"狗来了。"', ""),
     ("a.jsonl", '{"content": "猫来了。"}\n{"title": "", "content": "狗来了。"}', ""),
     ("a.csv", "text\n猫来了。\n狗来了。\n", ""),

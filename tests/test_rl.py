@@ -10,13 +10,13 @@ from conftest import ROOT, random_model, tiny_config
 import lora
 import train_rl
 import train_sft
-from checkpoint import load_model, save_model
+from checkpoint import load_last, load_model, save_model
 from data import builtin
 from dataset import collate, encode_prompt
 from decoding import Decoder
 from model import IGNORE
 from sample import log_probs
-from train_rl import Rollouts, advantages, judge, shared, whole
+from train_rl import Rollouts, advantages, judge, lcs_length, rejection_sampled
 
 ROW = {"constraints": {"词汇": ["小河", "皮球"], "随机句子": "河水哗啦啦地流着，真好听。"}, "story": None, "rivals": []}
 MEETS = "小猫在小河边拍皮球。河水哗啦啦地流着，真好听。"
@@ -33,7 +33,7 @@ def rollouts(tok, rows, **settings):
 @pytest.mark.parametrize("story, ended, reward", [
     (MEETS, True, 1), (MEETS, False, 0), ("", True, 0),
     (MEETS.replace("皮球", "气球"), True, 0.75),
-    (MEETS.replace("哗啦啦", "哗啦"), True, 0.75),      # 12 of 13 characters
+    (MEETS.replace("哗啦啦", "哗啦"), True, 0.75),      # 10 of 11 characters, folded
     (MEETS.replace("哗啦啦地流着", "流"), True, 0.5),
     ("小河，皮球。" + MEETS, True, 0.5), ("小河、皮球。" + MEETS, True, 0.5),
     (MEETS + MEETS, True, pytest.approx(1 - (20 / 43 - 0.1)))])
@@ -43,7 +43,7 @@ def test_what_a_story_is_worth(story, ended, reward):
 
 
 def test_a_sentence_is_nearly_there_only_in_order_and_in_one_sentence():
-    assert [shared("河水流着", other) for other in ("河水流着", "小河里的水流着呢", "着流水河", "")] == [4, 4, 1, 0]
+    assert [lcs_length("河水流着", other) for other in ("河水流着", "小河里的水流着呢", "着流水河", "")] == [4, 4, 1, 0]
     spread = "小猫在小河边拍皮球。河里的水。哗啦啦地。流着呢，真。好听。"
     assert judge(ROW, spread, True, 1.0)["随机句子"] == 0
 
@@ -58,13 +58,14 @@ def test_one_word_is_no_list_and_what_no_rule_can_tell_does_not_count():
 def test_each_story_is_compared_with_its_own_group_and_equal_groups_are_left_out():
     groups = [[{"reward": r, "row": (g, i)} for i, r in enumerate(rewards)]
               for g, rewards in enumerate([(1, 0, 0.5), (0.5, 0.5, 0.5), (0.2, 0.2, 0.8)])]
+    groups[1][0]["row"] = ([5, 6, 7, 8], [IGNORE, IGNORE, 7, 8])
     assert advantages(groups) == [((0, 0), 0.5), ((0, 1), -0.5), ((0, 2), 0.0), ((2, 0), pytest.approx(-0.2)),
                                   ((2, 1), pytest.approx(-0.2)), ((2, 2), pytest.approx(0.4))]
-    assert advantages(groups[1:2]) == [((1, 0), 0.0)]
+    assert advantages(groups[1:2]) == [(([5, 6, 7], [IGNORE, IGNORE, 7]), 0.0)]  # one token, which counts for nothing
     for group in groups:
         for story in group:
             story["whole"] = story["reward"] >= 0.5
-    assert whole(groups) == [((0, 0), 1), ((0, 2), 1), ((1, 0), 1), ((1, 1), 1), ((2, 2), 1)]
+    assert rejection_sampled(groups) == [((0, 0), 1), ((0, 2), 1), (groups[1][0]["row"], 1), ((1, 1), 1), ((2, 2), 1)]
 
 
 def test_the_probabilities_of_writing_are_those_of_training(tok):
@@ -131,11 +132,17 @@ def test_kl_takes_from_the_advantage_what_has_become_likelier(tok):
     story = tok.encode(MEETS)
     chosen = [(([1] + story, [IGNORE] + story), 0.0)]
     some = rollouts(tok, [ROW], kl=0.5)
+    other = tok.encode("小狗。")
+    some.weighted([(([1] + other, [IGNORE] + other), 0.0)])  # another micro-batch of the step counts, too
     x, y, weights = some.weighted(chosen)
     change = log_probs(some.model, x, y) - log_probs(some.reference, x, y)
     assert torch.allclose(weights, -0.5 * change) and weights.abs().max() > 0
+    x2, y2 = collate([([1] + other, [IGNORE] + other)])
+    of_other = (log_probs(some.model, x2, y2) - log_probs(some.reference, x2, y2))[y2 != IGNORE]
+    expected = torch.cat([change[y != IGNORE], of_other]).mean().item()
     figures = some.measured()
-    assert figures["kl"] == pytest.approx(change[y != IGNORE].mean().item(), abs=1e-6) and figures["entropy"] > 0
+    assert figures["kl"] == pytest.approx(expected, abs=1e-6) and figures["entropy"] > 0
+    assert some.measured() == {}
 
 
 def test_a_bandit_of_two_tokens_converges(tok, tmp_path, monkeypatch):
@@ -187,45 +194,80 @@ def test_a_run_is_logged_drawn_and_resumed_bit_for_bit(run, tmp_path):
     assert all(line["val_loss"] == pytest.approx(1 - line["val_reward"]) and line["plain_nll"] > 0 for line in judged)
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)
 
-    run("--save-every", "1", "--max-steps", "2", out="half")
-    with pytest.MonkeyPatch.context() as patch:  # its learning rate falls as in the whole run
-        patch.setattr(train_sft, "get_lr", lambda *_: 1e-4)
-        run(out="flat")
-        run("--max-steps", "2", out="flat_half")
-        assert [line.get("loss") for line in run("--resume", "--max-steps", "4", out="flat_half")][-2:] == [
-            line.get("loss") for line in [json.loads(x) for x in open(tmp_path / "flat" / "log.jsonl")]][-2:]
+    with pytest.MonkeyPatch.context() as patch:  # a learning rate that does not depend on the number of steps
+        patch.setattr(train_sft, "get_lr", lambda *_: 1e-3)
+        patch.setattr(train_rl, "judge", lambda row, story, *_: {"reward": len(story) % 3 / 3, "whole": False})
+        whole = run("--eval-every", "2", out="flat")
+        run("--max-steps", "2", "--eval-every", "2", out="flat_half")
+        parts = run("--resume", "--max-steps", "4", "--eval-every", "2", out="flat_half")
+    for log in (whole, parts):
+        for line in log:
+            line.pop("tokens_per_s", None)
+    assert whole == parts and any(line.get("loss") for line in whole)
+    start, end = (load_model(folder)[0] for folder in (run.init, tmp_path / "flat" / "last"))
+    assert any((p != q).any() for p, q in zip(start.parameters(), end.parameters()))
     a, b = (load_model(tmp_path / name / "last")[0].state_dict() for name in ("flat", "flat_half"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("algo", ["pg", "rft"])
-def test_an_adapter_is_trained_alone(run, tok, tmp_path, algo):
+def test_an_adapter_is_trained_alone(run, tok, tmp_path, algo, monkeypatch):
     model, _ = load_model(run.init)
-    lora.add(model, ["q_proj", "v_proj"], 2, 4)
+    lora.add(model, ["q_proj", "v_proj"], 2, 4, dropout=0.5)
     for module in lora.adapters(model).values():
         torch.nn.init.normal_(module.lora_B.weight, std=0.1)
     lora.save(tmp_path / "adapter", model, run.init)
+    monkeypatch.setattr(train_rl, "judge", lambda row, story, *_: {
+        "reward": len(story) % 3 / 3, "whole": len(story) % 2})
     run("--adapter", tmp_path / "adapter", "--algo", algo, "--max-steps", "2")
     assert not (tmp_path / "out" / "model.safetensors").exists()
     tuned, _ = load_model(run.init, tmp_path / "out" / "last")
     before, after = (lora.adapters(m)["model.layers.0.self_attn.q_proj"].lora_B.weight for m in (model, tuned))
-    assert torch.equal(before, after) == (algo == "rft")  # of a random model no story meets everything
+    assert not torch.equal(before, after)
     run("--adapter", tmp_path / "adapter", "--algo", algo, "--resume", "--max-steps", "3", "--lr", "1e-20")
     resumed, _ = load_model(run.init, tmp_path / "out" / "last")
     assert torch.equal(lora.adapters(resumed)["model.layers.0.self_attn.q_proj"].lora_B.weight, after)
 
 
-def test_user_errors_are_one_line(run, tmp_path, refused):
+def test_user_errors_are_one_line(run, tmp_path, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     usual = ["--init", run.init, "--data", run.data, "--out", tmp_path / "new"]
     for argv, word in ((["--group", "1"], "--group 1"), (["--group", "0"], "--group"), (["--kl", "-1"], "--kl"),
                        (["--epochs", "1"], "--epochs"), (["--grad-accum", "2"], "--grad-accum"),
                        (["--adapter", "nowhere"], "nowhere"), (["--algo", "ppo"], "--algo")):
         refused(train_rl.main, [*usual, *argv], word)
-    run.data.write_text(json.dumps({"instruction": "特点：伏笔"}), encoding="utf-8")
+    run("--max-steps", "1")
+    refused(train_rl.main, ["--init", tmp_path / "out", *usual[2:-1], tmp_path / "out", "--overwrite"], "starts from")
+    refused(train_rl.main, [*usual, "--log", "wandb"], "pip install wandb")
+    run.data.write_text("".join(json.dumps({"instruction": f"特点：{name}"}) + "\n"
+                                for name in ("转折", "坏结局", "伏笔", "冲突", "道德价值")), encoding="utf-8")
     refused(train_rl.main, usual, "can be checked")
-    run.data.write_text("".join(json.dumps({"instruction": "摘要：" + "长" * 300 + "\n词汇：猫"}) + "\n" for _ in "ab"))
+    run.data.write_text("".join(json.dumps({"instruction": "摘要：" + a * 300 + "\n词汇：猫"}) + "\n" for a in "长短大小"))
     refused(train_rl.main, usual, "leaves no room")
-    assert not (tmp_path / "new").exists()
+    assert not list((tmp_path / "new").glob("*.safetensors"))
+
+
+def test_stories_of_the_data_are_split_and_short_ones_are_read(run, tmp_path):
+    rows = [{"instruction": f"词汇：{word}", "output": story}
+            for story in ("猫。", "小猫来了。", "小狗来了。") for word in "猫狗来"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    args = train_rl.parse_args(["--data", str(folder), "--val-fraction", "0.3"])
+    train, judged = train_rl.load_rows(args)
+    assert len(train) + len(judged) == 9 and not {r["story"] for r in train} & {r["story"] for r in judged}
+    assert run("--data", folder)
+
+
+def test_a_finished_run_on_built_in_instructions_goes_on(run, tmp_path, monkeypatch, tok):
+    save_model(tmp_path / "wide", random_model(tiny_config(tok.vocab_size, block_size=512)), tok)
+    monkeypatch.setattr(builtin, "REINFORCED", 8)
+    argv = ["--init", str(tmp_path / "wide"), "--out", str(tmp_path / "run"), "--prompts", "2", "--group", "2",
+            "--device", "cpu"]
+    monkeypatch.setattr(train_rl, "JUDGED", 2)
+    train_rl.main([*argv, "--max-steps", "1"])
+    train_rl.main([*argv, "--max-steps", "2", "--resume"])
+    assert load_last(tmp_path / "run")[2]["step"] == 2
 
 
 def test_two_processes_share_the_instructions(run, tmp_path):
@@ -238,8 +280,9 @@ def test_two_processes_share_the_instructions(run, tmp_path):
     assert sum("reward" in line for line in open(tmp_path / "both" / "log.jsonl", encoding="utf-8")) >= 2
 
 
-def test_the_built_in_instructions_are_not_those_that_models_are_judged_by():
-    rows, judged = builtin.reinforcement(30), builtin.reinforcement_validation(30)
+def test_the_built_in_instructions_are_not_those_that_models_are_judged_by(monkeypatch):
+    monkeypatch.setattr(builtin, "REINFORCED", 30)
+    rows, judged = builtin.reinforcement(), builtin.reinforcement_validation(30)
     asked = [row["constraints"].get("词汇", []) for row in rows + judged]
     from data.generate import held_out_words
     assert any(asked) and not held_out_words() & {word for words in asked for word in words}

@@ -95,7 +95,8 @@ def test_a_folder_has_one_run_at_a_time(finished, model_dir, pairs_file, tmp_pat
 
 @pytest.mark.parametrize("holds", [
     {"config.json": "{}"}, {"args.json": '{"seed": 1}'}, {"args.json": "[1]"}, {"pytorch_model.bin": "x"},
-    {"model-00001-of-00002.safetensors": "x", "model.safetensors.index.json": "{}"}, {"adapter_config.json": "{}"}])
+    {"model-00001-of-00002.safetensors": "x", "model.safetensors.index.json": "{}"}, {"adapter_config.json": "{}"},
+    {"step-1000": "x"}, {"log.jsonl": "x"}])
 def test_what_is_no_run_of_ours_is_never_replaced(holds, model_dir, pairs_file, tmp_path, refused):
     for name, content in holds.items():
         (tmp_path / "out").mkdir(exist_ok=True)
@@ -103,6 +104,14 @@ def test_what_is_no_run_of_ours_is_never_replaced(holds, model_dir, pairs_file, 
     for more in ([], ["--overwrite"]):
         refused(train_sft.main, flags(model_dir, pairs_file, tmp_path / "out", *more), "--out", "never replaced")
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == holds
+
+
+def test_overwrite_removes_what_the_run_wrote_and_nothing_else(model_dir, pairs_file, run_dir):
+    for name in ("last_good", "step-1000", "step-000001", "last.old"):
+        (run_dir / name).mkdir()
+    train_sft.main(flags(model_dir, pairs_file, run_dir, "--overwrite"))
+    assert {"last_good", "step-1000"} <= {path.name for path in run_dir.iterdir()}
+    assert not (run_dir / "step-000001").exists() and not (run_dir / "last.old").exists()
 
 
 def test_a_run_that_was_killed_before_its_first_save_can_start_anew(model_dir, pairs_file, finished, tmp_path, refused):
@@ -162,8 +171,6 @@ def test_damage_is_one_line_that_names_the_file(damage, words, run_dir, refused)
 
 
 def test_a_damaged_best_model_costs_nothing_but_itself(run_dir, capsys):
-    log = run_dir / "log.jsonl"
-    log.write_text(log.read_text())
     state = torch.load(run_dir / "last/train_state.pt", weights_only=True)
     checkpoint.write_atomic(run_dir / "last/train_state.pt",
                             lambda p: torch.save(state | {"best": [0.0, 1]}, p))  # nothing will be better
