@@ -59,7 +59,7 @@ GOOD = '{"instruction": "词汇：猫", "output": "猫来了。"}'
     (GOOD + '\n{"instruction": "词汇：猫", "output": " "}', ["row 2", "'output'", "empty"]),
     (GOOD + '\n{"instruction": "词汇：猫", "output": null}', ["row 2", "no 'output'"]),
     (GOOD + '\n{"instruction": ["猫"], "output": "猫"}', ["row 2", "'instruction'", "list"]),
-    (GOOD + "\n[1]", ["row 2", "list"]),
+    (GOOD + "\n[1]", ["row 2", "list"]), (GOOD + '\n"猫"', ["row 2 has no 'instruction'"]),
     (GOOD + '\n{"instruction": "词汇：猫", "output": "\\ud83d"}', ["row 2", "surrogate"]),
     ("[" + GOOD + ', {"instruction": "猫"}]', ["row 2", "'output'"]),
     # other people's formats
