@@ -242,7 +242,7 @@ def test_user_errors_are_one_line(run, tmp_path, refused, monkeypatch):
     run.data.write_text("".join(json.dumps({"instruction": f"特点：{name}"}) + "\n"
                                 for name in ("转折", "坏结局", "伏笔", "冲突", "道德价值")), encoding="utf-8")
     refused(train_rl.main, usual, "can be checked")
-    run.data.write_text("".join(json.dumps({"instruction": "摘要：" + a * 300 + "\n词汇：猫"}) + "\n" for a in "长短大小"))
+    run.data.write_text("".join(json.dumps({"instruction": f"摘要：{a * 300}\n词汇：猫"}) + "\n" for a in "长短大小"))
     refused(train_rl.main, usual, "leaves no room")
     assert not list((tmp_path / "new").glob("*.safetensors"))
 
@@ -283,7 +283,6 @@ def test_two_processes_share_the_instructions(run, tmp_path):
 def test_the_built_in_instructions_are_not_those_that_models_are_judged_by(monkeypatch):
     monkeypatch.setattr(builtin, "REINFORCED", 30)
     rows, judged = builtin.reinforcement(), builtin.reinforcement_validation(30)
-    asked = [row["constraints"].get("词汇", []) for row in rows + judged]
-    from data.generate import held_out_words
-    assert any(asked) and not held_out_words() & {word for words in asked for word in words}
-    assert not {row["story"] for row in rows} & {row["story"] for row in judged}
+    others = {record["output"] for record in builtin.held_out_instructions()} | set(builtin.plain_stories())
+    told = [{row["story"] for row in some} for some in (rows, judged)]
+    assert len(told[0]) == len(told[1]) == 30 and not told[0] & told[1] and not (told[0] | told[1]) & others
