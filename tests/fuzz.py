@@ -143,7 +143,7 @@ def config(folder, rng):
     if rng.random() < 0.7:
         field = rng.choice(numbers)
     same = settings[field] == value and type(settings[field]) is type(value)
-    harmless = {"rms_norm_eps": (1.5,), "rope_theta": (1.5, 10**12)}  # odd, but numbers
+    harmless = {"rms_norm_eps": (1.5, 10**12), "rope_theta": (1.5, 10**12)}  # odd, but numbers
     must = field in numbers and field != "use_cache" and not same and value not in harmless.get(field, ())
     path.write_text(json.dumps(settings | {field: value}))
     return sample.main, told(folder), f"config.json: {field} {value!r}", must
@@ -225,7 +225,8 @@ def flags(folder, rng):
     with_value = [action for action in parsers[0]._actions if action.nargs != 0 and action.option_strings]
     action = rng.choice([a for a in with_value if a.dest not in ("instruction", "prompt", "log")])
     flag, value = action.option_strings[-1], rng.choice(WRONG_FLAGS)
-    return main, [*argv, f"{flag}={value}"], f"{main.__module__} {flag}={value!r}", action.type is not None
+    return main, [*argv, f"{flag}={value}"], f"{main.__module__} {flag}={value!r}", (
+        action.type is not None and value not in ("9" * 30, " "))  # a large number, and the name of a folder
 
 
 KINDS = data, config, weights, adapter, state, flags
