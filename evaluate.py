@@ -81,11 +81,12 @@ def obedience(rows, stories, seed, detect=None):
 # ---- generating ----
 
 def write_stories(model, tokenizer, instructions, samples, seed, sampling, quiet=True):
-    """-> (a list of `samples` stories an instruction, the share of them that ended with EOS, their ids). Raises
-    ValueError for an instruction that leaves no room for a story."""
+    """-> (a list of `samples` stories an instruction, the share of them that ended with EOS, their ids, in the same
+    lists). Raises ValueError for an instruction that leaves no room for a story."""
     size, most = model.config.block_size, sampling["max_new_tokens"]
     prompts = [encode_request(tokenizer, "instruction", text, size) for text in instructions]
-    drawn = generate_all(model, prompts, tokenizer.eos_id, seed, sampling, quiet, samples)
+    continued = generate_all(model, prompts, tokenizer.eos_id, seed, sampling, quiet, samples)
+    drawn = [continued[i:i + samples] for i in range(0, len(continued), samples)]
     ended = [len(ids) < min(most, size - len(prompt)) for prompt, some in zip(prompts, drawn) for ids in some]
     return [[tokenizer.decode(ids) for ids in some] for some in drawn], float(np.mean(ended)), drawn
 

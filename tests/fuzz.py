@@ -235,7 +235,7 @@ KINDS = data, config, weights, adapter, state, flags
 def run_case(number, good):
     """-> (what was done, what is wrong with the outcome or None)."""
     rng = random.Random(f"fuzz-{number}")
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):  # a relative --out is in there, too
         folder = Path(work) / "files"
         shutil.copytree(good, folder)
         main, argv, done, must = KINDS[number % len(KINDS)](folder, rng)
