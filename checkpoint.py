@@ -7,7 +7,6 @@ Any Llama-shaped Hugging Face directory loads (grouped-query, untied head, sever
 written: each is made beside its place and then renamed.
 """
 import json
-import math
 import os
 import pickle
 import re
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import tokenizer as tokenizers
-from common import new_directory, write_atomic, write_json
+from common import is_number, new_directory, write_atomic, write_json
 from model import GPT, GPTConfig
 
 WEIGHTS = "model.safetensors"
@@ -60,11 +59,11 @@ def hf_config(config, tokenizer, dtype):
 
 
 def check_value(path, key, value):
-    """Raise ValueError if this value of config.json is not of its kind. Python takes true for 1, and reads NaN."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Raise ValueError if this value of config.json is not of its kind."""
+    number = is_number(value)
     if key in LARGEST and not (number and isinstance(value, int) and 1 <= value <= LARGEST[key]):
         raise ValueError(f"{path}: {key} {value!r} is not a size (1 to {LARGEST[key]})")
-    if key in ("rms_norm_eps", "rope_theta") and not (number and 0 < value < math.inf):
+    if key in ("rms_norm_eps", "rope_theta") and not (number and value > 0):
         raise ValueError(f"{path}: {key} {value!r} is not a positive number")
     if key == "sliding_window" and not (number and value >= 1):
         raise ValueError(f"{path}: {key} {value!r} is not a number of tokens")
@@ -146,9 +145,9 @@ def load_model(directory, adapter=None, adapter_scale=1.0):
     """
     directory = from_hub(directory)
     if not (directory / "config.json").is_file():
-        adapter = (directory / lora.CONFIG).is_file()
         raise ValueError(f"{directory}: no model directory " + (
-            "but a LoRA adapter: name it with --adapter" if adapter else "(config.json is missing)"))
+            "but a LoRA adapter: name it with --adapter" if (directory / lora.CONFIG).is_file()
+            else "(config.json is missing)"))
     config = gpt_config(directory / "config.json")
     tokenizer = tokenizers.load(directory)
     if not fits(tokenizer, config):

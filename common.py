@@ -76,6 +76,12 @@ def to_path(text):
     return Path(text)
 
 
+def is_number(value):
+    """Is a value of a JSON file a number? Python takes true for 1, reads NaN and Infinity, and integers of any size."""
+    largest = sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
+
+
 def codec(name):
     """A type for argparse: the name of an encoding."""
     try:

@@ -30,7 +30,7 @@ from common import (
 )
 from constraints import EACH_WORD, FEATURE, FEATURES, KEYS, SENTENCE, SUMMARY, WORDS, check, outcomes, render
 from data import builtin
-from data.judged import RARE, add_rivals, builtin_rows, checkable, read_rows
+from data.judged import add_rivals, builtin_rows, checkable, read_rows
 from dataset import by_length, encode_prompt, mean_loss
 from records import read_stories
 from sample import BEST_OF_TEMPERATURE, encode_request, generate_all, scores
@@ -70,8 +70,8 @@ def interval(groups, seed):
 
 def obedience(rows, stories, seed, detect=None):
     """stories[i]: those of rows[i]. -> {"satisfied": {number of constraints: all of them met}, "everything": the same,
-    whatever their number, "by_kind": {constraint: met}, "unchecked_features": how many}. Rows with a feature that
-    cannot be checked do not count in "satisfied" and "everything"."""
+    whatever their number, "by_kind": {constraint: met}, "unchecked_features": how many}. Of each row those constraints
+    count that can be checked."""
     by_number, by_kind, unchecked = defaultdict(list), defaultdict(list), 0
     for row, own in zip(rows, stories):
         results = [met(row, story, detect) for story in own]
@@ -93,11 +93,12 @@ def obedience(rows, stories, seed, detect=None):
 # ---- generating ----
 
 def write_stories(model, tokenizer, instructions, samples, seed, sampling, quiet=True):
-    """-> (a list of `samples` stories an instruction, the share of them that ended with EOS, their ids). Raises
-    ValueError for an instruction that leaves no room for a story."""
+    """-> (a list of `samples` stories an instruction, the share of them that ended with EOS, their ids, in the same
+    lists). Raises ValueError for an instruction that leaves no room for a story."""
     size, most = model.config.block_size, sampling["max_new_tokens"]
     prompts = [encode_request(tokenizer, "instruction", text, size) for text in instructions]
-    drawn = generate_all(model, prompts, tokenizer.eos_id, seed, sampling, quiet, samples)
+    continued = generate_all(model, prompts, tokenizer.eos_id, seed, sampling, quiet, samples)
+    drawn = [continued[i:i + samples] for i in range(0, len(continued), samples)]
     ended = [len(ids) < min(most, size - len(prompt)) for prompt, some in zip(prompts, drawn) for ids in some]
     return [[tokenizer.decode(ids) for ids in some] for some in drawn], float(np.mean(ended)), drawn
 
@@ -245,10 +246,8 @@ def table(result):
     return "\n".join(line.rstrip() for line in [
         *lines, "",
         *(best(source, k) for source in blocks for k in blocks[source]["best_of"]),
-        f"left out: {result['left_out']} instructions with only features that no rule can tell; of \"all of k\" all "
-        f"with any ({result['unchecked_features']})",
-        *([f"words of rare characters, spelled in bytes: {rare['by_kind'][WORDS]['rate']:.0%} of "
-           f"{rare['by_kind'][WORDS]['n']}"] if rare else []),
+        f"left out: {result['left_out']} instructions that ask only for features no rule can tell; "
+        f"{result['unchecked_features']} such features of others",
         f"stories: {number('mean_chars', '.0f')} characters, {number('eos_rate', '.1%')} end with EOS; repeated "
         f"4-grams {number('rep4', '.1%')}, distinct 2-grams {number('distinct2', '.1%')}; "
         f"{result['seconds']:.0f} s",

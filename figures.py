@@ -84,7 +84,7 @@ def rl_curves(out):
                 ax.plot(*zip(*points), "o", markersize=4, color=colour)
         ax.set_title(title, fontsize=9)
         ax.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(names) > 1 and ax.get_legend_handles_labels()[1]:
             ax.legend(fontsize=7)
     for ax in axes[-1]:
         ax.set_xlabel("optimizer step")

@@ -19,7 +19,17 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import command_line, fail, fraction, new_directory, positive, to_path, write_atomic, write_json
+from common import (
+    command_line,
+    fail,
+    fraction,
+    is_number,
+    new_directory,
+    positive,
+    to_path,
+    write_atomic,
+    write_json,
+)
 from model import GPT, PRESETS
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -108,8 +118,8 @@ def save(directory, model, base="", base_fingerprints=None):
     as it was loaded, if its precision has been changed since."""
     directory, parts = Path(directory), adapters(model)
     one = next(iter(parts.values()))
-    base = str(Path(base).resolve()) if base and Path(base).is_dir() else (
-        base and Path(base).as_posix())  # found from any folder
+    if base:  # a folder, which is to be found from any other, or a name on the hub
+        base = str(Path(base).resolve()) if Path(base).is_dir() else Path(base).as_posix()
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": one.r,
               "lora_alpha": one.alpha, "lora_dropout": one.lora_dropout.p, "use_rslora": one.scaling == "rslora",
               "target_modules": sorted({name.rsplit(".", 1)[-1] for name in parts}), "bias": "none",

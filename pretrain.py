@@ -41,7 +41,7 @@ def parse_args(argv=None):
     parser.add_argument("--preset", choices=PRESETS, default="small",
                         help="geometry and settings of a new model (default: %(default)s)")
     parser.add_argument("--tokenizer", type=to_path, help="tokenizer.model to use (default: train one on --data)")
-    parser.add_argument("--vocab-size", type=positive(int), default=6144,
+    parser.add_argument("--vocab-size", type=positive(int), default=4096,
                         help="pieces of a newly trained tokenizer (default: %(default)s)")
     for name in GEOMETRY:
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive(int),

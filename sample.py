@@ -129,8 +129,8 @@ def print_story(model, tokenizer, kind, text, max_new_tokens, seed, sampling, be
             story += piece
         print()
     else:
-        [drawn] = generate_all(model, [prompt], tokenizer.eos_id, seed, sampling | {"max_new_tokens": max_new_tokens},
-                               samples=best_of)
+        drawn = generate_all(model, [prompt], tokenizer.eos_id, seed, sampling | {"max_new_tokens": max_new_tokens},
+                             samples=best_of)
         story, told = best(model, tokenizer, prompt, constraints, drawn, max_new_tokens)
         print(story)
     if lines := list(filter(None, (marks(check(story, constraints)), told))):
@@ -158,21 +158,21 @@ def read_prompts(path):
 
 
 def generate_all(model, prompts, eos_id, seed, sampling, quiet=None, samples=1):
-    """Continue many prompts (lists of ids), rows of like length in a batch -> for each prompt `samples` lists of new
-    ids.
+    """Continue many prompts (lists of ids), rows of like length in a batch -> a list of new ids a prompt, or `samples`
+    of them, side by side, as of `decoding.generate`.
 
     sampling: what `decoding.generate` takes. quiet: True hides the progress bar, None shows it on a terminal only.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     at_once = max(1, BATCH // samples)
-    continued = [None] * len(prompts)
+    continued = [None] * (len(prompts) * samples)
     with tqdm(total=len(prompts) * samples, unit="story", disable=quiet) as bar:
         for start in range(0, len(order), at_once):
             rows = order[start:start + at_once]
-            batch = generate(model, [prompts[i] for i in rows], eos_id=eos_id, seed=seed + start, samples=samples,
-                             **sampling)
+            batch = generate(model, [prompts[i] for i in rows], eos_id=eos_id, seed=seed + start * samples,
+                             samples=samples, **sampling)
             for place, i in enumerate(rows):
-                continued[i] = batch[place * samples:(place + 1) * samples]
+                continued[i * samples:(i + 1) * samples] = batch[place * samples:(place + 1) * samples]
             bar.update(len(batch))
     return continued
 
@@ -184,9 +184,10 @@ def continue_file(model, tokenizer, instructions, max_new_tokens, seed, sampling
     start = time.perf_counter()
     drawn = generate_all(model, prompts, tokenizer.eos_id, seed, sampling | {"max_new_tokens": max_new_tokens},
                          samples=best_of)
+    groups = [drawn[i:i + best_of] for i in range(0, len(drawn), best_of)]
     chosen = [best(model, tokenizer, *row, max_new_tokens) if best_of > 1 else (tokenizer.decode(row[2][0]), "")
-              for row in zip(prompts, asked, drawn)]
-    seconds, tokens = time.perf_counter() - start, sum(len(ids) for some in drawn for ids in some)
+              for row in zip(prompts, asked, groups)]
+    seconds, tokens = time.perf_counter() - start, sum(map(len, drawn))
     stories = [story for story, _ in chosen]
     met = [check(story, constraints) for constraints, story in zip(asked, stories)]
     draws = f", each the best of {best_of}" if best_of > 1 else ""

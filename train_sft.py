@@ -86,8 +86,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
     log.jsonl says of a step, or of a validation; tell(fields) hears the same; at the end draw(out) draws it. keep: of
     the saves of last/, so many more stay as out/step-…, without their state. Ctrl-C, SIGTERM and SIGHUP save, then exit
     130. Raises FloatingPointError when the loss is not finite, OSError when something cannot be written; the last save
-    stays.
-    ValueError when the log cannot be read, or the state is another optimizer's.
+    stays. ValueError when the log cannot be read, or the state is another optimizer's.
     """
     out = Path(out)
     warmup = min(100, steps // 10) if warmup is None else warmup
@@ -222,8 +221,8 @@ def training_parser(description):
     flag = parser.add_argument
     # what goes in and out
     flag("--init", type=to_path, help="model directory to start from (default of fine-tuning: the base that ships)")
-    flag("--data", type=to_path, help="JSONL or JSON file, or a directory with train.jsonl and val.jsonl "
-                                   "(default: the built-in corpus)")
+    flag("--data", type=to_path, help="file (docs/data.md), or a directory with train.jsonl and val.jsonl "
+                                      "(default: the built-in corpus)")
     flag("--encoding", type=common.codec, default="utf-8", help="of --data, say gb18030 (default: %(default)s)")
     flag("--val-data", type=to_path, help="validation file (default: split off from --data)")
     flag("--val-fraction", type=fraction, default=0.05, help="share of the stories for validation; a story is on one "
@@ -449,12 +448,12 @@ def data_files(args):
 def load_pairs(args):
     """-> (train, val), lists of (instruction, output)."""
     if args.data is None:
-        return [[(record["instruction"], record["output"]) for record in records]
-                for records in (builtin.fine_tuning(), builtin.fine_tuning_validation())]
-    train_file, val_file = data_files(args)
-    pairs = read_instructions(train_file, args.encoding)
-    if val_file:
-        return pairs, read_instructions(val_file, args.encoding)
+        pairs = [(record["instruction"], record["output"]) for record in builtin.fine_tuning()]
+    else:
+        train_file, val_file = data_files(args)
+        pairs = read_instructions(train_file, args.encoding)
+        if val_file:
+            return pairs, read_instructions(val_file, args.encoding)
     return split_by_story(pairs, args.val_fraction, story=lambda pair: pair[1])
 
 

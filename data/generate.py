@@ -26,19 +26,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from common import check_writable, command_line, fail, seed_number, write_jsonl  # noqa: E402
-from constraints import (  # noqa: E402
-    FEATURE,
-    FEATURES,
-    KEYS,
-    SENTENCE,
-    SUMMARY,
-    WORDS,
-    fold,
-    has_dialogue,
-    render,
-    sentences,
-)
-from data.language import ANY, LANGUAGE, Slot, load  # noqa: E402
+from constraints import FEATURES, KEYS, has_dialogue, render, sentences  # noqa: E402
 
 VERSION = 3                     # of the output: raise it when a seed gives different stories
 STORY_CHARS = {"short": (40, 380), "long": (120, 430)}   # by `length` of the plot

@@ -41,6 +41,7 @@ def read_rows(path, encoding="utf-8"):
     rows = []
     for number, record in read_records(path, encoding):
         where = f"{path}: row {number}"
+        record = {"text": record} if isinstance(record, str) else record
         story = text_field(path, number, record, ["output"], required=False)
         given = record.get("constraints")
         if given is not None and not isinstance(given, dict):

@@ -250,7 +250,7 @@ def test_the_best_of_several_draws_is_shown(say, tok, tmp_path, monkeypatch):
     assert say("--best-of", "2").count("─" * 60) == 8
     drawn_with = []
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "generate_all", lambda *a, samples, **_: drawn_with.append(a[4]) or [[[1]] * samples])
+        patch.setattr(sample, "generate_all", lambda *a, samples, **_: drawn_with.append(a[4]) or [[1]] * samples)
         say("--best-of", "2", "--temperature", "0.3", "--top-k", "0")
     assert len(drawn_with) == 8 and all(s["temperature"] == 0.3 and s["top_k"] is None for s in drawn_with)
     assert {s["top_p"] for s in drawn_with} == {0.9, 1.0}  # the study's own where none is given
@@ -259,6 +259,17 @@ def test_the_best_of_several_draws_is_shown(say, tok, tmp_path, monkeypatch):
     say("--prompt", "小猫", "--best-of", "2")
     say("--prompt", "小猫", "--best-of", "2", "--temperature", "0.3")
     assert temperatures == [sample.BEST_OF_TEMPERATURE, 0.3]
+
+
+def test_many_samples_are_those_of_a_list_that_has_each_prompt_so_often(tok, monkeypatch):
+    """In every batch: numbers of docs/results.md were measured with such lists."""
+    monkeypatch.setattr(sample, "BATCH", 4)
+    model = random_model(tiny_config(tok.vocab_size))
+    prompts = [tok.encode(text) for text in ("小猫在河边", "小狗", "小鸭在树下睡着了", "铲子", "皮球和帽子")]
+    settings = {"temperature": 1.0, "max_new_tokens": 8}
+    repeated = sample.generate_all(model, [p for p in prompts for _ in range(2)], tok.eos_id, 5, settings, True)
+    assert sample.generate_all(model, prompts, tok.eos_id, 5, settings, True, samples=2) == repeated
+    assert len({tuple(ids) for ids in repeated}) > 5
 
 
 def test_a_file_of_stories_is_overwritten_only_where_that_is_said(say, model_dir, tmp_path, refused):
@@ -416,7 +427,7 @@ def shard_of(name):
                   "intermediate_size", "vocab_size", "max_position_embeddings")
       for value in (True, "4", [4], -1, 0, 1.5, math.nan, math.inf, 10**9)],
     *[(config(**{key: value}), ["config.json", key]) for key in ("rms_norm_eps", "rope_theta")
-      for value in (True, "1e-5", [1], -1, 0, math.nan, math.inf)],
+      for value in (True, "1e-5", [1], -1, 0, math.nan, math.inf, 10**400)],
     *[(config(**{key: value}), ["config.json", key]) for key in ("tie_word_embeddings", "attention_bias", "mlp_bias")
       for value in (1, "true", [])],
     *[(config(sliding_window=value), ["config.json", "sliding_window"]) for value in (True, "x", math.nan, 0)],

@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_named(tok, tmp_path):
     inits = ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "mica", "lora_ga")  # all change the base's weights
     for change, says in [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "IA3"),
                          *(({key: value}, key) for key in ("r", "lora_alpha", "lora_dropout")
-                           for value in (True, "8", [8], -1, math.nan, math.inf)),
+                           for value in (True, "8", [8], -1, math.nan, math.inf, 10**400)),
                          ({"r": 1.5}, "r 1.5"), ({"use_rslora": "no"}, "use_rslora"),
                          ({"use_qalora": True}, "use_qalora"),
                          *(({"init_lora_weights": name}, f"init_lora_weights '{name}'") for name in inits)]:

@@ -283,7 +283,6 @@ def test_two_processes_share_the_instructions(run, tmp_path):
 def test_the_built_in_instructions_are_not_those_that_models_are_judged_by(monkeypatch):
     monkeypatch.setattr(builtin, "REINFORCED", 30)
     rows, judged = builtin.reinforcement(), builtin.reinforcement_validation(30)
-    asked = [row["constraints"].get("词汇", []) for row in rows + judged]
-    from data.generate import held_out_words
-    assert any(asked) and not held_out_words() & {word for words in asked for word in words}
-    assert not {row["story"] for row in rows} & {row["story"] for row in judged}
+    others = {record["output"] for record in builtin.held_out_instructions()} | set(builtin.plain_stories())
+    told = [{row["story"] for row in some} for some in (rows, judged)]
+    assert len(told[0]) == len(told[1]) == 30 and not told[0] & told[1] and not (told[0] | told[1]) & others
