@@ -133,11 +133,6 @@ def save(directory, model, base="", base_fingerprints=None):
     write_atomic(directory / TENSORS, lambda p: save_file(tensors, p, metadata=metadata))
 
 
-def is_number(value):
-    """Is a value of JSON, which may be NaN or Infinity for Python, a number?"""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def load(directory, model, scale=1.0):
     """Put a saved adapter (ours or PEFT's) on its base; scale: how much of it, 0 is the base alone.
 

@@ -204,7 +204,7 @@ def read_records(path, encoding="utf-8"):
         for row, record in scan(f, path, encoding):
             if isinstance(record, RowError):
                 raise record
-            yield row, {"text": record} if isinstance(record, str) else record
+            yield row, record
 
 
 def text_field(path, row, record, names, required=True):

@@ -110,6 +110,8 @@ def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest(tok):
     assert all(torch.equal(p, other) for p, other in zip(model.parameters(), once))
     first.zero_grad()
     assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="another optimizer"):
+        first.load_state_dict(train_sft.adamw(model).state_dict())
 
 
 def test_muon_resumes_to_the_same_bytes_and_never_as_another_optimizer(stories_file, tmp_path, monkeypatch, capsys):
