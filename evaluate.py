@@ -30,7 +30,7 @@ from common import (
 )
 from constraints import EACH_WORD, FEATURE, FEATURES, KEYS, SENTENCE, SUMMARY, WORDS, check, outcomes, render
 from data import builtin
-from data.judged import add_rivals, builtin_rows, checkable, read_rows
+from data.judged import RARE, add_rivals, builtin_rows, checkable, read_rows
 from dataset import by_length, encode_prompt, mean_loss
 from records import read_stories
 from sample import BEST_OF_TEMPERATURE, encode_request, generate_all, scores
@@ -70,8 +70,8 @@ def interval(groups, seed):
 
 def obedience(rows, stories, seed, detect=None):
     """stories[i]: those of rows[i]. -> {"satisfied": {number of constraints: all of them met}, "everything": the same,
-    whatever their number, "by_kind": {constraint: met}, "unchecked_features": how many}. Of each row those constraints
-    count that can be checked."""
+    whatever their number, "by_kind": {constraint: met}, "unchecked_features": how many}. Rows with a feature that
+    cannot be checked do not count in "satisfied" and "everything"."""
     by_number, by_kind, unchecked = defaultdict(list), defaultdict(list), 0
     for row, own in zip(rows, stories):
         results = [met(row, story, detect) for story in own]
@@ -246,8 +246,10 @@ def table(result):
     return "\n".join(line.rstrip() for line in [
         *lines, "",
         *(best(source, k) for source in blocks for k in blocks[source]["best_of"]),
-        f"left out: {result['left_out']} instructions that ask only for features no rule can tell; "
-        f"{result['unchecked_features']} such features of others",
+        f"left out: {result['left_out']} instructions with only features that no rule can tell; of \"all of k\" all "
+        f"with any ({result['unchecked_features']})",
+        *([f"words of rare characters, spelled in bytes: {rare['by_kind'][WORDS]['rate']:.0%} of "
+           f"{rare['by_kind'][WORDS]['n']}"] if rare else []),
         f"stories: {number('mean_chars', '.0f')} characters, {number('eos_rate', '.1%')} end with EOS; repeated "
         f"4-grams {number('rep4', '.1%')}, distinct 2-grams {number('distinct2', '.1%')}; "
         f"{result['seconds']:.0f} s",

@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402
 
-import constraints  # noqa: E402
 from common import check_writable, command_line, fail, positive, seed_number, write_jsonl  # noqa: E402
-from data import generate  # noqa: E402
+from constraints import SENTENCE, SUMMARY, WORDS, sentences  # noqa: E402
+from data import generate, language  # noqa: E402
 
 # probabilities
 AUTHORED, SHORT = 0.05, 0.6                # texts that are authored stories; of the others, those of scenes alone

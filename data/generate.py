@@ -26,7 +26,19 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from common import check_writable, command_line, fail, seed_number, write_jsonl  # noqa: E402
-from constraints import FEATURES, KEYS, has_dialogue, render, sentences  # noqa: E402
+from constraints import (  # noqa: E402
+    FEATURE,
+    FEATURES,
+    KEYS,
+    SENTENCE,
+    SUMMARY,
+    WORDS,
+    fold,
+    has_dialogue,
+    render,
+    sentences,
+)
+from data.language import ANY, LANGUAGE, Slot, load  # noqa: E402
 
 VERSION = 3                     # of the output: raise it when a seed gives different stories
 STORY_CHARS = {"short": (40, 380), "long": (120, 430)}   # by `length` of the plot
@@ -41,7 +53,7 @@ FRONT = 0.85                    # share of asked things that come at the first p
 ASKED_WORDS = 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5
 FREE_SENTENCE = 0.8             # share of asked sentences that come from outside the plot
 AUTHORED_SENTENCE = 0.15        # of these: sentences of authored stories
-SPLICED = 0.5                   # of these: pieces of several sentences, so that nothing but copying tells what comes next
+SPLICED = 0.5                   # of these: pieces of several sentences, which nothing but copying can tell
 MARKS = "。。。！！？"           # at their end
 MADE_UP = 0.08                  # share of asked words that are in no list
 OWN_WORDS = {"short": 0.2, "long": 0.6}     # share of stories whose 词汇 has words that the plot's slots drew, too
@@ -131,8 +143,8 @@ def authored_sentences():
 
 
 def free_sentence(world, rng, held_out=False):
-    """A sentence that belongs to no plot; if not held_out, often one that no grammar makes. A model that could tell from
-    its first half how a sentence ends would learn that instead of copying."""
+    """A sentence that belongs to no plot; if not held_out, often one that no grammar makes: a model that can tell from
+    its beginning how a sentence ends learns that, and does not copy."""
     if not held_out and rng.random() < SPLICED:
         return spliced(world, rng)
     if not held_out and rng.random() < AUTHORED_SENTENCE:
