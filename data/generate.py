@@ -49,7 +49,7 @@ IN_ORDER = 0.85                 # share of lists whose words come in the order i
 TALK = 0.64                     # share of stories that may use phrasings with speech in them
 OPEN_PLOTS = 0.7                # share of stories that have an open plot
 LEAK = 8                        # no training text shares so many characters in a row with what models are judged by
-FRONT = 0.85                    # share of asked things that come at the first place that suits them
+FRONT = 0.95                    # share of asked things that come at the first place that suits them
 ASKED_WORDS = 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5
 FREE_SENTENCE = 0.8             # share of asked sentences that come from outside the plot
 AUTHORED_SENTENCE = 0.15        # of these: sentences of authored stories
@@ -325,12 +325,12 @@ def arrange(beats, extras, rng):
     places = [i for i, beat in enumerate(beats) if i == 0 or beat[0] not in "他她它"]
     if len(places) == 1:
         places.append(len(beats) - 1)
-    at = 0 if rng.random() < 0.25 else 1  # an index into places
+    at = 0 if rng.random() < 0.15 else 1  # an index into places
     for text, names_hero in extras:
         if rng.random() < FRONT:
             at = min(max(at, int(names_hero)), len(places) - 1)
             before[places[at]] += text
-            at += rng.random() < 0.3
+            at += rng.random() < 0.1
         else:
             before[rng.choice(places[1:])] += text
     return "".join(extra + beat for extra, beat in zip(before, beats))
