@@ -10,8 +10,7 @@ Each story is used for one update, so there is no ratio of old and new probabili
 is the mean of the group; advantages are not divided by its standard deviation (Dr. GRPO, arXiv 2503.20783). A group
 whose stories are all equally good has no gradient and is left out (DAPO, arXiv 2503.14476). Every token of a step
 counts alike.
---algo rft is rejection sampling instead (RAFT, arXiv 2504.11343): only stories that meet everything, as if they were
-data.
+--algo rft is rejection sampling instead (RAFT, arXiv 2504.11343): stories that meet everything, and a quarter of data.
 """
 import re
 from collections import defaultdict
@@ -28,7 +27,7 @@ from common import fail, not_negative, positive, rank, to_path, world
 from constraints import LIST_KEYS, SENTENCE, WORDS, check, fold, outcomes, render, sentences
 from data import builtin
 from data.judged import add_rivals, checkable, read_rows
-from dataset import collate, encode_prompt, fingerprint
+from dataset import collate, encode_pair, encode_prompt, fingerprint
 from decoding import generate
 from evaluate import plain_loss, repetition
 from model import IGNORE, to_device
@@ -41,6 +40,7 @@ NEARLY = 0.8    # of a sentence, in order: worth half of it
 USUAL = 0.9     # quantile of the repeated 4-grams in the rows' own stories: repetition beyond it is penalized
 LISTED = 0.5    # is taken off a story that has the line of words as it stands
 KEPT = 2        # --algo rft: stories of one instruction that are learnt from, at most
+OWN = 3         # --algo rft: one story of the data to so many of the model's
 
 
 # ---- the reward ----
@@ -102,8 +102,7 @@ class Rollouts:
         self.algo, self.prompts, self.group, self.batch_size = algo, prompts, group, batch_size
         self.kl, self.seed, self.max_new_tokens = kl, seed, max_new_tokens
         self.steps_per_epoch = -(-len(rows) // prompts)
-        again = [repetition([row["story"]])["rep4"] for row in rows if row["story"]]
-        again = [share for share in again if share is not None]  # a story of three characters has no 4-grams
+        again = [repetition([row["story"]])["rep4"] for row in rows if len(row["story"] or "") > 3]
         self.usual_repetition = float(np.quantile(again, USUAL)) if again else 1.0
         self.sums = defaultdict(lambda: [0.0, 0])  # {figure: [sum, number]} since the last line of the log
 
@@ -123,14 +122,17 @@ class Rollouts:
             self.sums[prefix + name][1] += 1
 
     def __call__(self, step):
-        rows = [self.rows[i % len(self.rows)] for i in range(step * self.prompts, (step + 1) * self.prompts)]
+        at = range(step * self.prompts + rank(), (step + 1) * self.prompts, world())
+        rows = [self.rows[i % len(self.rows)] for i in at]
         seed = ((self.seed * 1_000_003 + step) * world() + rank()) % 2**63
-        groups = self.write(rows[rank()::world()], self.group, seed, temperature=1.0)
+        groups = self.write(rows, self.group, seed, temperature=1.0)
         for group in groups:
             self.count(equal_groups=len({story["reward"] for story in group}) == 1)
             for story in group:
                 self.count(**{name: value for name, value in story.items() if name != "row"})
-        chosen = (advantages if self.algo == "pg" else rejection_sampled)(groups)
+        own = [encode_pair(self.tokenizer, render(row["constraints"]), row["story"], self.model.config.block_size)
+               for row in rows if row["story"]]
+        chosen = advantages(groups) if self.algo == "pg" else rejection_sampled(groups, own)
         return [self.weighted(chosen[i:i + self.batch_size]) for i in range(0, len(chosen), self.batch_size)]
 
     def write(self, rows, n, seed, temperature):
@@ -187,10 +189,11 @@ def advantages(groups):
     return chosen or nothing(groups)
 
 
-def rejection_sampled(groups):
-    """-> [((ids, labels), 1.0)] of the first KEPT stories of each group that meet everything."""
-    kept = [(story["row"], 1.0) for group in groups for story in [s for s in group if s["whole"]][:KEPT]]
-    return kept or nothing(groups)
+def rejection_sampled(groups, own=()):
+    """-> [((ids, labels), 1.0)] of the first KEPT stories of each group that meet everything, and of the stories that
+    the data has for them, one to OWN of these."""
+    kept = [story["row"] for group in groups for story in [s for s in group if s["whole"]][:KEPT]]
+    return [(row, 1.0) for row in [*kept, *own[:len(kept) // OWN]]] or nothing(groups)
 
 
 def nothing(groups):
@@ -211,8 +214,7 @@ def parse_args(argv=None):
          help="policy gradient, or rejection sampling: only stories that meet everything (default: %(default)s)")
     flag("--prompts", type=positive(int), default=16, help="instructions of a step (default: %(default)s)")
     flag("--group", type=positive(int), default=8, help="stories an instruction (default: %(default)s)")
-    flag("--kl", type=not_negative(float), default=0.0,
-         help="subtract this much of log p - log p at the start from a token's weight (default: %(default)s)")
+    flag("--kl", type=not_negative(float), default=0.0, help="off a token's weight: so much of its change (default: 0)")
     parser.set_defaults(out=Path("out/rl"), lr=1e-4, max_steps=150, warmup=5)
     args = train_sft.parse(parser, argv, fixed=("init", "adapter", "algo", "prompts", "group", "kl"))
     if args.group < 2 and args.algo == "pg":
@@ -239,8 +241,7 @@ def load_rows(args):
         add_rivals(some, args.seed)
         both.append([row for row in some if outcomes(check("", row["constraints"], row["rivals"]))])
     if not all(both):
-        raise ValueError("nothing that these instructions ask for can be checked, or too few of them are left to judge "
-                         "the model by")
+        raise ValueError("nothing of these instructions can be checked, or too few of them are left to judge by")
     return both
 
 

@@ -66,6 +66,10 @@ def test_each_story_is_compared_with_its_own_group_and_equal_groups_are_left_out
         for story in group:
             story["whole"] = story["reward"] >= 0.5
     assert rejection_sampled(groups) == [((0, 0), 1), ((0, 2), 1), (groups[1][0]["row"], 1), ((1, 1), 1), ((2, 2), 1)]
+    own = [("own", i) for i in range(4)]  # a quarter of all, as far as there are whole ones
+    assert rejection_sampled(groups, own)[5:] == [(("own", 0), 1)]
+    assert rejection_sampled(groups + groups, own)[10:] == [(("own", 0), 1), (("own", 1), 1), (("own", 2), 1)]
+    assert rejection_sampled(groups[2:], own)[1:] == []
 
 
 def test_the_probabilities_of_writing_are_those_of_training(tok):
