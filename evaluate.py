@@ -267,7 +267,7 @@ def load_base(path, tokenizer):
     """--base. Without it the model that ships, or None where that is not there or has another tokenizer."""
     try:
         base, other = load_model(path or find_base())
-        if other.files["tokenizer.model"] != tokenizer.files["tokenizer.model"]:
+        if other.identity != tokenizer.identity:
             raise ValueError(f"--base {path}: its tokenizer is not the model's")
         return base
     except ValueError:

@@ -164,7 +164,7 @@ def read_manifest(args):
 
 def open_tokens(directory, manifest, tokenizer):
     """The token files of data/prepare.py -> two memory-mapped arrays (N,). Raises ValueError if they do not fit."""
-    if hashlib.sha256(tokenizer.files["tokenizer.model"]).hexdigest() != manifest["sha256"]["tokenizer.model"]:
+    if hashlib.sha256(tokenizer.identity).hexdigest() != manifest["sha256"].get("tokenizer.model"):
         raise ValueError(f"{directory} was tokenized with another tokenizer than the model's "
                          f"(--tokenizer, --init or --resume): prepare it anew with that one")
     files = [np.memmap(directory / f"{side}.bin", manifest["dtype"], mode="r") for side in ("train", "val")]

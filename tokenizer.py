@@ -1,10 +1,12 @@
 """SentencePiece BPE with byte fallback: any text in, the same text out.
 
 Tokenizer files are Hugging Face's own (`tokenizer.model`, `tokenizer_config.json`, `tokenizer.json`), so that
-`AutoTokenizer` reads them; this file needs only sentencepiece. Any other `tokenizer.model` loads too.
+`AutoTokenizer` reads them; this file needs only sentencepiece. Any other `tokenizer.model` loads too, and where a model
+has a `tokenizer.json` alone, the BPE in it (`JsonTokenizer`).
 """
 import io
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -41,6 +43,19 @@ class Tokenizer:
             return self.sp.encode(text)
         first, *others = map(self.sp.encode, text.split(SPACE))
         return first + [i for part in others for i in (*self.space_bytes, *part)]
+
+    def encode_all(self, texts):
+        """A list of str -> a list of ids for each, on all cores."""
+        return [self.encode(text) if SPACE in text else ids
+                for text, ids in zip(texts, self.sp.encode(texts, num_threads=os.cpu_count()))]
+
+    def pieces(self, text):
+        return self.sp.encode_as_pieces(text)
+
+    @property
+    def identity(self):
+        """Bytes that no other tokenizer has."""
+        return self.files["tokenizer.model"]
 
     @property
     def dtype(self):
@@ -83,6 +98,53 @@ class Tokenizer:
         return config
 
 
+class JsonTokenizer(Tokenizer):
+    """A byte-level BPE as Llama 3, Qwen or SmolLM have it, read by Hugging Face's `tokenizers`. Same methods. Text that
+    looks like a special piece is text."""
+
+    def __init__(self, files):
+        try:
+            from tokenizers import Tokenizer as Fast
+        except ImportError:
+            raise ValueError("a tokenizer.json without a tokenizer.model needs pip install tokenizers") from None
+        self.files = files
+        self.fast = Fast.from_str(files["tokenizer.json"].decode())
+        self.fast.encode_special_tokens = True
+        self.vocab_size = max(self.fast.get_vocab().values()) + 1
+        eos = json.loads(files["tokenizer_config.json"]).get("eos_token")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        self.eos_id = self.fast.token_to_id(eos) if isinstance(eos, str) else None
+        if self.eos_id is None:
+            raise ValueError("the tokenizer has no end-of-sequence piece")
+        set_usage(files)
+
+    def encode(self, text):
+        return self.fast.encode(text, add_special_tokens=False).ids
+
+    def encode_all(self, texts):
+        return [encoding.ids for encoding in self.fast.encode_batch(texts, add_special_tokens=False)]
+
+    def pieces(self, text):
+        return [self.decode([i]) for i in self.encode(text)]
+
+    @property
+    def identity(self):
+        return self.files["tokenizer.json"]
+
+    def decode(self, ids):
+        return self.fast.decode([i for i in ids if i < self.vocab_size])
+
+    def decode_stream(self, ids):
+        seen, sent = [], ""
+        for i in ids:
+            seen.append(i)
+            text = self.decode(seen)
+            if not text.endswith("\ufffd"):  # else the rest of a character may be still to come
+                yield text[len(sent):]
+                sent = text
+        yield self.decode(seen)[len(sent):]
+
+
 # the prompt of dataset.py, for programs that talk to a model in turns: one instruction, one story
 CHAT = ("{% for message in messages %}{% if message['role'] == 'user' %}Instruct: {{ message['content'] }}\nOutput:"
         "{% elif message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
@@ -111,17 +173,23 @@ def _is_utf8(data):
 
 
 def load(path):
-    """A `tokenizer.model`, or a directory with one -> Tokenizer. Raises ValueError if it is missing or unreadable."""
+    """A `tokenizer.model`, or a directory with one or with a `tokenizer.json` -> Tokenizer. Raises ValueError if it is
+    missing or unreadable."""
     path = Path(path)
     model, directory = (path / "tokenizer.model", path) if path.is_dir() else (path, None)
-    if not model.is_file():
-        raise ValueError(f"{model}: no such tokenizer (a SentencePiece tokenizer.model is needed)")
     files = {name: (directory / name).read_bytes() for name in FILES if directory and (directory / name).is_file()}
-    files["tokenizer.model"] = model.read_bytes()
+    kind = Tokenizer
+    if not model.is_file() and {"tokenizer.json", "tokenizer_config.json"} <= set(files):
+        kind, model = JsonTokenizer, directory / "tokenizer.json"
+    elif model.is_file():
+        files["tokenizer.model"] = model.read_bytes()
+    else:
+        raise ValueError(f"{model}: no such tokenizer (a SentencePiece tokenizer.model is needed, or a tokenizer.json "
+                         "with its tokenizer_config.json)")
     try:
-        tokenizer = Tokenizer(files)
-    except (RuntimeError, ValueError, AttributeError, TypeError) as e:
-        raise ValueError(f"{model}: not a usable SentencePiece model ({str(e).strip()})") from None
+        tokenizer = kind(files)
+    except Exception as e:  # sentencepiece raises RuntimeError, tokenizers a bare Exception
+        raise ValueError(f"{model}: not a usable tokenizer ({str(e).strip()})") from None
     if lost := [c for c in "\n，：“”" if c not in tokenizer.decode(tokenizer.encode(f"好{c}好"))]:
         print(f"notice: {model} does not give back {' '.join(map(repr, lost))}; stories and prompts will lack them",
               file=sys.stderr)

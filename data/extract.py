@@ -16,7 +16,7 @@ FUNCTION = re.compile("[的了着过吗呢吧啊呀哦是在我你他她它们�
 
 def candidate_words(story, tokenizer):
     """Words that a story could be asked for: pieces of the tokenizer of two or more characters -> how often each."""
-    pieces = Counter(tokenizer.sp.encode_as_pieces(story))
+    pieces = Counter(tokenizer.pieces(story))
     return {piece: n for piece, n in pieces.items()
             if len(piece) >= 2 and len(CHINESE.findall(piece)) == len(piece) and not FUNCTION.search(piece)}
 

@@ -132,10 +132,8 @@ def instruction_row(text, record, name):
 # ---- tokens ----
 
 def tokenize(tokenizer, texts):
-    """-> the bytes of each text in a token file. On all cores; one with a literal ▁ by Tokenizer.encode."""
-    for text, ids in zip(texts, tokenizer.sp.encode(texts, num_threads=os.cpu_count())):
-        if tokenizers.SPACE in text:
-            ids = tokenizer.encode(text)
+    """-> the bytes of each text in a token file."""
+    for ids in tokenizer.encode_all(texts):
         yield np.array(ids + [tokenizer.eos_id], tokenizer.dtype).tobytes()
 
 
@@ -181,7 +179,7 @@ def prepare(args):
             size, manifest["sha256"][f"{side}.bin"] = write_tokens(work / f"{side}.bin", parts)
             manifest["stories"][side], manifest["tokens"][side] = len(parts), size // tokenizer.dtype.itemsize
         save_tokenizer(work, tokenizer)
-        manifest["sha256"]["tokenizer.model"] = hashlib.sha256(tokenizer.files["tokenizer.model"]).hexdigest()
+        manifest["sha256"]["tokenizer.model"] = hashlib.sha256(tokenizer.identity).hexdigest()
         if args.instructions:
             import augment  # here, because augment.py stands below data/ in the order of the files
             # split at the same place, each story by itself: what is held out here is no story of train.bin

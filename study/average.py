@@ -34,7 +34,7 @@ def average(directories):
         other, its_tokenizer = load_model(directory)
         if other.config != model.config:
             raise ValueError(f"{directory}: its config.json describes another model than {first}'s")
-        if its_tokenizer.files["tokenizer.model"] != tokenizer.files["tokenizer.model"]:
+        if its_tokenizer.identity != tokenizer.identity:
             raise ValueError(f"{directory}: its tokenizer is not that of {first}")
         interpolate(model, other, 1 / n)  # the mean so far counts n - 1 times
     return model, tokenizer

@@ -396,7 +396,7 @@ def shard_of(name):
 
 
 @pytest.mark.parametrize("change, words", [
-    (without("tokenizer.model"), ["tokenizer.model"]),
+    (lambda path: [without(name)(path) for name in ("tokenizer.model", "tokenizer.json")], ["tokenizer.model"]),
     (without("config.json"), ["config.json"]),
     (without("model.safetensors"), ["model.safetensors"]),
     (config(hidden_size=48), ["model.embed_tokens.weight", "48)"]),

@@ -1,6 +1,7 @@
 """No work is lost: saves by time, two runs in one folder, folders that are not a run's, damaged files at --resume."""
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,26 @@ def test_the_newest_weights_are_saved_by_time_too(model_dir, pairs_file, tmp_pat
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     train_sft.main(flags(model_dir, pairs_file, tmp_path / "run", "--max-steps", "9", "--save-every", "9"))
     assert saves[0] == 0 and saves[-1] == 9 and 2 < len(saves) < 9
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(model_dir, pairs_file, tmp_path):
+    usual = "--max-steps", 60, "--save-every", 2, "--eval-every", 3
+    train_sft.main(flags(model_dir, pairs_file, tmp_path / "whole", *usual))
+    out, rng, kills = tmp_path / "killed", random.Random(5), 0
+    for steps in (3, 9, 20, 33, 47, 1000):  # of the log, after which this one is killed
+        resume = ["--resume"] if (out / "last").is_dir() else []
+        command = [sys.executable, "train_sft.py", *flags(model_dir, pairs_file, out, *usual, *resume)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = out / "log.jsonl"
+        while process.poll() is None:
+            if log.exists() and log.read_bytes().count(b'"loss"') >= steps:
+                time.sleep(rng.random() / 50)
+                process.kill()
+                kills += process.wait() == -signal.SIGKILL
+            time.sleep(0.002)
+    assert kills >= 3 and process.returncode == 0
+    for name in (WEIGHTS, f"last/{WEIGHTS}"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_what_is_written_is_on_the_disk_before_it_replaces_anything(tmp_path, monkeypatch):
@@ -157,7 +178,7 @@ def halve(name):
      ["another optimizer"]),
     (halve("last/" + WEIGHTS), [WEIGHTS]), (write("last/" + WEIGHTS, b""), [WEIGHTS]),
     (write("last/config.json", b"{}"), ["config.json"]), (write("last/tokenizer.model", b"x"), ["tokenizer.model"]),
-    (lambda out: (out / "last/tokenizer.model").unlink(), ["tokenizer.model"]),
+    (lambda out: [(out / f"last/tokenizer.{kind}").unlink() for kind in ("model", "json")], ["tokenizer.model"]),
     (write("log.jsonl", b'{"loss": 1}\n'), ["log.jsonl is damaged"]), (write("log.jsonl", b"?}\n"), ["log.jsonl"]),
     (write("args.json", b""), ["settings"]), (write("args.json", b"3"), ["settings"]),
     (write("args.json", b"\xff"), ["settings"]), (lambda out: (out / "args.json").unlink(), ["args.json"]),

@@ -1,12 +1,13 @@
 import json
 import random
+import sys
 
 import pytest
 import sentencepiece
-from conftest import STORIES
+from conftest import STORIES, random_model, tiny_config
 
 import tokenizer as tokenizers
-from checkpoint import save_tokenizer
+from checkpoint import load_model, save_model, save_tokenizer
 
 AWKWARD = [" ", "  a", "a▁b", "\0", "\r\n", "</s>", "\n\n", "", "▁", " ▁ ", "▁▁", "<0x0A>", "<unk>", "a\0b", "\t",
            "\u2028", "\ufffd", "你好，世界！", " 你 好 ", "😀👨‍👩‍👧", "𠮷野家", "①～ＡＢ", "e\u0301", "\u200b"]
@@ -169,3 +170,64 @@ def test_real_text(real_data):
     ids = [tok.encode(text) for text in texts]
     assert [tok.decode(row) for row in ids] == texts
     assert sum(map(len, ids)) < 0.85 * sum(map(len, texts))
+
+
+# ---- tokenizer.json alone ----
+
+@pytest.fixture
+def byte_level(tmp_path):
+    """A directory with the tokenizer of Llama 3 and Qwen in small: byte-level BPE, special pieces, a BOS put before."""
+    bpe = pytest.importorskip("tokenizers")
+    fast = bpe.Tokenizer(bpe.models.BPE())
+    fast.pre_tokenizer = bpe.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = bpe.decoders.ByteLevel()
+    letters = bpe.pre_tokenizers.ByteLevel.alphabet()
+    fast.train_from_iterator(STORIES, bpe.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|begin|>", "<|end|>"], initial_alphabet=letters))
+    fast.post_processor = bpe.processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    path = tmp_path / "theirs"
+    path.mkdir()
+    fast.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": {"content": "<|end|>"}, "bos_token": "<|begin|>"}))
+    return path
+
+
+TEXTS = [*STORIES[:5], "词汇：铲子，草地\n", "𠮷😀 a▁b  c", "<|end|>是什么？", "\ufffd", ""]
+
+
+def test_a_tokenizer_json_alone_gives_every_text_back(byte_level):
+    tok = tokenizers.load(byte_level)
+    assert tok.eos_id == 1 and 260 < tok.vocab_size <= 400
+    for text in TEXTS:
+        ids = tok.encode(text)
+        assert tok.decode(ids) == text and not {0, 1} & set(ids)
+        assert "".join(tok.decode_stream(iter(ids))) == text
+        assert "\ufffd" in text or not [part for part in tok.decode_stream(iter(ids)) if "\ufffd" in part]
+    assert tok.encode_all(TEXTS) == [tok.encode(text) for text in TEXTS]
+    assert tok.decode([*tok.encode("猫"), tok.eos_id, tok.vocab_size + 5]) == "猫"
+    assert "".join(tok.pieces("abc")) == "abc"
+
+
+def test_a_model_that_has_it_is_trained_and_saved_as_it_came(byte_level, tmp_path):
+    tok = tokenizers.load(byte_level)
+    save_model(tmp_path / "model", random_model(tiny_config(tok.vocab_size)), tok)
+    assert not (tmp_path / "model" / "tokenizer.model").exists()
+    _, again = load_model(tmp_path / "model")
+    assert again.identity == tok.identity and again.encode("小猫") == tok.encode("小猫")
+    auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert [auto(text)["input_ids"] for text in TEXTS[:6]] == [tok.encode(text) for text in TEXTS[:6]]
+    assert auto.eos_token_id == tok.eos_id
+
+
+@pytest.mark.parametrize("change", [{"eos_token": None}, {"eos_token": "<none>"}, {"eos_token": 3}, None])
+def test_a_tokenizer_json_that_cannot_be_used(byte_level, change, monkeypatch):
+    if change is None:
+        (byte_level / "tokenizer.json").write_text("{}")
+    else:
+        (byte_level / "tokenizer_config.json").write_text(json.dumps(change))
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        tokenizers.load(byte_level)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="pip install tokenizers"):
+        tokenizers.load(byte_level)
