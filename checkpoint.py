@@ -36,8 +36,11 @@ HF_NAMES = {
     "block_size": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "head_size": "head_dim",
     "n_embd": "hidden_size", "intermediate_size": "intermediate_size", "rope_base": "rope_theta",
-    "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings", "rope_scaling": "rope_scaling",
 }
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "qwen3": "Qwen3ForCausalLM"}
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of "llama3"
 LARGEST = {"num_hidden_layers": 1000} | dict.fromkeys(  # of sizes; what is beyond is a mistake, and takes forever
     ("max_position_embeddings", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
      "intermediate_size"), 2**22)
@@ -48,10 +51,10 @@ def hf_config(config, tokenizer, dtype):
     # transformers refuses a LlamaConfig whose hidden size is no multiple of its heads; Mistral without a sliding window
     # is the same network under the same parameter names, and allows it.
     llama = config.n_embd % config.n_head == 0
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama" if llama else "mistral"
     return {
-        "architectures": ["LlamaForCausalLM" if llama else "MistralForCausalLM"],
-        "model_type": "llama" if llama else "mistral",
-        **({"attention_bias": False, "mlp_bias": False} if llama else {"sliding_window": None}),
+        "architectures": [ARCHITECTURES[kind]], "model_type": kind,
+        **({"sliding_window": None} if kind == "mistral" else {"attention_bias": False, "mlp_bias": False}),
         **{HF_NAMES.get(field.name, field.name): getattr(config, field.name) for field in fields(config)},
         "hidden_act": "silu", "bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": None,
         "torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True,
@@ -67,8 +70,19 @@ def check_value(path, key, value):
         raise ValueError(f"{path}: {key} {value!r} is not a positive number")
     if key == "sliding_window" and not (number and value >= 1):
         raise ValueError(f"{path}: {key} {value!r} is not a number of tokens")
-    if key in ("tie_word_embeddings", "attention_bias", "mlp_bias") and not isinstance(value, bool):
+    switches = "tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "qk_norm"
+    if key in switches and not isinstance(value, bool):
         raise ValueError(f"{path}: {key} {value!r} is neither true nor false")
+
+
+def llama3_scaling(path, values):
+    """The rope scaling of config.json -> what GPTConfig keeps of it. Raises ValueError."""
+    for key in ROPE_SCALING:
+        if not (is_number(values.get(key)) and values[key] > 0):
+            raise ValueError(f"{path}: {key} {values.get(key)!r} is not a positive number")
+    if not values["low_freq_factor"] < values["high_freq_factor"]:
+        raise ValueError(f"{path}: low_freq_factor {values['low_freq_factor']} is not below high_freq_factor")
+    return {"rope_type": "llama3"} | {key: values[key] for key in ROPE_SCALING}
 
 
 def gpt_config(path):
@@ -77,21 +91,31 @@ def gpt_config(path):
         c = dict(json.loads(Path(path).read_text(encoding="utf-8")))
         own = {field.name for field in fields(GPTConfig)} - set(HF_NAMES)  # of a fork: None may mean something there
         c = {key: value for key, value in c.items() if value is not None or key in own}
+        given = dict(c)
         for key, value in c.items():
             check_value(path, key, value)
         rope = c.get("rope_parameters", {})
-        scaled = {key: c.get(key, {}).get("rope_type", c.get(key, {}).get("type", "default")) != "default"
-                  for key in ("rope_parameters", "rope_scaling")}  # of transformers 5, of older ones
+        scalings = {key: c.get(key, {}) for key in ("rope_parameters", "rope_scaling")}  # of transformers 5, older ones
+        kinds = {key: value.get("rope_type", value.get("type", "default")) for key, value in scalings.items()}
+        scaling = next((scalings[key] for key, kind in kinds.items() if kind == "llama3"), None)
+        c["rope_scaling"] = scaling and llama3_scaling(path, scaling)
+        if c.get("model_type") == "qwen2":
+            c["qkv_bias"] = True
+        if c.get("model_type") == "qwen3":
+            c["qk_norm"] = True
+        if str(c.get("model_type")).startswith("qwen") and not c.get("use_sliding_window"):
+            c.pop("sliding_window", None)
         refused = {
-            "model_type": c.get("model_type") not in ("llama", "mistral"),
+            "model_type": c.get("model_type") not in ARCHITECTURES,
             "attention_bias": c.get("attention_bias", False), "mlp_bias": c.get("mlp_bias", False),
             "hidden_act": c.get("hidden_act", "silu") != "silu",
-            **scaled,
+            **{key: kind not in ("default", "llama3") for key, kind in kinds.items()},
             "sliding_window": c.get("sliding_window", c["max_position_embeddings"]) < c["max_position_embeddings"],
         }
         for key, bad in refused.items():
             if bad:
-                raise ValueError(f"{path}: {key} {c.get(key)!r} is not supported (a plain Llama shape is)")
+                raise ValueError(f"{path}: {key} {given.get(key)!r} is not supported (the shapes of Llama, Qwen2 and "
+                                 "Qwen3 are)")
         # what Hugging Face takes for a key that is not there
         c.setdefault("num_key_value_heads", c["num_attention_heads"])
         c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])

@@ -26,12 +26,21 @@ class Decoder:
             attn, mlp = block.self_attn, block.mlp
             self.layers.append((
                 norm_factors(block.input_layernorm), weights(attn.q_proj, attn.k_proj, attn.v_proj),
-                weights(attn.o_proj), norm_factors(block.post_attention_layernorm),
+                self.qk_factors(attn), weights(attn.o_proj), norm_factors(block.post_attention_layernorm),
                 weights(mlp.gate_proj, mlp.up_proj), weights(mlp.down_proj)))
-        cos, sin = rope_angles(torch.arange(slots, device=self.head.device), c.head_size, c.rope_base)  # (1, S, D/2)
+        cos, sin = rope_angles(torch.arange(slots, device=self.head.device), c)  # (1, S, D/2)
         self.cos, self.sin = torch.cat((cos, cos), dim=-1)[0].to(self.head.dtype), sin[0].to(self.head.dtype)
         self.cache = self.head.new_zeros(2 * c.n_layer, rows, c.n_kv_head, slots, c.head_size)
         self.used = 0
+
+    def qk_factors(self, attn):
+        """-> (biases of q, k and v (outs,), factors of the norm of q's and k's heads); None for what is not there."""
+        c = self.config
+        bias = torch.cat([linear.bias for linear in (attn.q_proj, attn.k_proj, attn.v_proj)]) if c.qkv_bias else None
+        if not c.qk_norm:
+            return bias, None
+        (q, least), (k, _) = norm_factors(attn.q_norm), norm_factors(attn.k_norm)
+        return bias, (torch.stack([q] * c.n_head + [k] * c.n_kv_head)[:, None], least)  # (H + H_kv, 1, D)
 
     def __call__(self, idx, pos, mask=None):
         """idx (B, T) ids of the next T slots, pos (B, T) their places in the text -> logits (B, V) of the last.
@@ -42,9 +51,11 @@ class Decoder:
         new = self.cache[..., before:self.used, :].unbind()
         cos, sin = self.cos[pos].unsqueeze(1), self.sin[pos].unsqueeze(1)  # (B, 1, T, D or D/2)
         x = F.embedding(idx.flatten(), self.embedding)  # (B T, C)
-        for i, (norm1, qkv, o, norm2, gate_up, down) in enumerate(self.layers):
-            heads = torch.mm(normed(x, norm1), qkv).view(B, T, -1, c.head_size).transpose(1, 2)
+        for i, (norm1, qkv, (bias, qk_norm), o, norm2, gate_up, down) in enumerate(self.layers):
+            heads = torch.mm(normed(x, norm1), qkv)
+            heads = (heads if bias is None else heads + bias).view(B, T, -1, c.head_size).transpose(1, 2)
             q_k, v = heads.split((c.n_head + c.n_kv_head, c.n_kv_head), dim=1)
+            q_k = q_k if qk_norm is None else normed(q_k, qk_norm)
             q, k = Rotate.rotate(q_k, cos, sin).split((c.n_head, c.n_kv_head), dim=1)
             new[2 * i].copy_(k)
             new[2 * i + 1].copy_(v)

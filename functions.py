@@ -57,7 +57,7 @@ class RMSNorm(Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, r = ctx.saved_tensors
-        dx = dy.to(r.dtype, copy=True)
+        dx = dy.to(r.dtype, copy=True, memory_format=torch.contiguous_format)
         rows, x_rows, r = dx.view(-1, x.size(-1)), x.flatten(0, -2), r.flatten(0, -2)  # (N, C), (N, C), (N, 1)
         w = weight.to(r.dtype)
         products = rows * x_rows

@@ -43,7 +43,7 @@ OFF = {"bias": ("none",), "use_dora": (False,), "fan_in_fan_out": (False,), "ran
 
 
 class LoRALinear(nn.Module):
-    """y = x Wᵀ + scale · (x Aᵀ) Bᵀ, with W the Linear's own weight, frozen. A (r, in) starts random, B (out, r) at 0.
+    """y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ, with W the Linear's own, frozen. A (r, in) starts random, B (out, r) at 0.
 
     scaling: "lora", scale = alpha / r; "rslora", alpha / sqrt(r) (Kalajdzievski, arXiv 2312.03732).
     """
@@ -52,7 +52,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.r, self.alpha, self.scaling = r, alpha, scaling
         self.scale = alpha / (r if scaling == "lora" else math.sqrt(r))
-        self.weight = linear.weight.requires_grad_(False)
+        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias  # a bias: Qwen2's
         like = {"bias": False, "device": linear.weight.device, "dtype": linear.weight.dtype}
         self.lora_A = nn.Linear(linear.in_features, r, **like)  # kaiming_uniform(a=sqrt(5)), as PEFT's
         self.lora_B = nn.Linear(r, linear.out_features, **like)
@@ -65,7 +65,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):  # (..., in) -> (..., out)
         x, weight, low, b = self.factors(x)
-        y = F.linear(x, weight)
+        y = F.linear(x, weight, self.bias)
         # addmm adds while it multiplies: low @ Bᵀ would be another tensor as large as y, written, read and added
         return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), b.T).view_as(y)
 

@@ -1,10 +1,12 @@
-"""The GPT: a small Llama. RMSNorm, rotary positions, SwiGLU, no biases, a head that is tied to the embedding.
+"""The GPT: a small Llama. RMSNorm, rotary positions, SwiGLU, no biases, a head that is tied to the embedding; and, for
+models that others made, what Llama 3, Qwen2 and Qwen3 do otherwise.
 
 Read top to bottom. Shapes: B batch, T tokens, C = n_embd, H heads, D = head_size (H * D need not be C), V vocabulary.
 The parameters carry the names that Hugging Face gives a Llama, so that a checkpoint is one of theirs as it stands.
 Texts are written by decoding.py, which computes the same with a cache: what is changed here is changed there, too.
 """
 import argparse
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +31,9 @@ class GPTConfig:
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = True  # the head uses the embedding's weight
+    rope_scaling: dict | None = None  # Llama 3's, see `rope_angles`
+    qkv_bias: bool = False  # Qwen2's
+    qk_norm: bool = False  # Qwen3's: an RMSNorm over each head of queries and keys
 
 
 PRESETS = {
@@ -53,12 +58,18 @@ class RMSNorm(nn.Module):
 
 
 @functions.uncompiled  # once for all layers; the compiler would make it a part of each
-def rope_angles(pos, head_size, base):
+def rope_angles(pos, config):
     """Cosines and sines for rotary embedding (Su et al., arXiv 2104.09864). pos (..., T) -> two of (..., 1, T, D/2).
 
     Computed anew in each forward pass: a buffer would be rounded by .to(torch.bfloat16).
     """
-    freqs = base ** -(torch.arange(0, head_size, 2, device=pos.device).float() / head_size)  # (D/2,)
+    D = config.head_size
+    freqs = config.rope_base ** -(torch.arange(0, D, 2, device=pos.device).float() / D)  # (D/2,), radians a token
+    if scaling := config.rope_scaling:  # for a longer context: the slow pairs turn more slowly, the fast ones as before
+        turns = freqs * scaling["original_max_position_embeddings"] / (2 * math.pi)  # in the context it was trained on
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        fast = ((turns - low) / (high - low)).clamp(0, 1)
+        freqs = freqs * (fast + (1 - fast) / scaling["factor"])
     angles = (pos[..., None].float() * freqs).unsqueeze(-3)
     return angles.cos(), angles.sin()
 
@@ -76,16 +87,20 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_size = config.head_size
-        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_size, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_size, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_size, bias=False)
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=False)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(config.head_size, config.norm_eps) for _ in range(2))
 
     def forward(self, x, rope, lengths):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H_kv, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         texts = zip(*(t.split(lengths, dim=2) for t in (q, k, v))) if lengths else [(q, k, v)]
         y = torch.cat([attend(*text) for text in texts], dim=2)
@@ -153,6 +168,8 @@ class GPT(nn.Module):
             # Attention starts close to what trained attention turns out to be (Trockman and Kolter, arXiv 2305.09828):
             # a token looks at tokens like itself (k = q) and passes on what it sees there as it is (o = v transposed).
             # A story model needs just that, to copy names and words from its prompt, and finds it late by itself.
+            for linear in (attn.q_proj, attn.k_proj, attn.v_proj) if self.config.qkv_bias else ():
+                nn.init.zeros_(linear.bias)
             groups = self.config.n_head // self.config.n_kv_head
             heads = attn.q_proj.weight.view(self.config.n_kv_head, groups, self.config.head_size, -1)  # (H_kv, G, D, C)
             attn.k_proj.weight.copy_(heads[:, 0].reshape_as(attn.k_proj.weight))
@@ -169,7 +186,7 @@ class GPT(nn.Module):
         if pos is None and idx.size(1) > -(-self.config.block_size // 8) * 8:  # batches are padded to 8 (`collate`)
             raise ValueError(f"{idx.size(1)} tokens do not fit into block_size {self.config.block_size}")
         pos = torch.arange(idx.size(1), device=idx.device) if pos is None else pos
-        rope = rope_angles(pos, self.config.head_size, self.config.rope_base)
+        rope = rope_angles(pos, self.config)
         x = self.model.embed_tokens(idx)  # (B, T, C)
         for block in self.model.layers:
             x = block(x, rope, lengths)
