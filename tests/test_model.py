@@ -49,7 +49,8 @@ def test_every_field_of_the_config_survives_also_one_that_adds_no_weight(changes
         soft_cap: float | None = None
 
     different = {"block_size": 96, "n_layer": 1, "n_head": 4, "n_kv_head": 2, "head_size": 10, "n_embd": 24,
-                 "intermediate_size": 40, "rope_base": 5e4, "norm_eps": 1e-4, "tie_embeddings": False}
+                 "intermediate_size": 40, "rope_base": 5e4, "norm_eps": 1e-4, "tie_embeddings": False,
+                 "rope_scaling": GEOMETRIES["llama3"]["rope_scaling"], "qkv_bias": True, "qk_norm": True}
     assert different.keys() | {"vocab_size"} == {field.name for field in fields(GPTConfig)}
     config = Forked(vocab_size=tok.vocab_size, **different, **changes)
     monkeypatch.setattr(checkpoint, "GPTConfig", Forked)
@@ -81,7 +82,7 @@ def test_the_head_at_supervised_positions_gives_the_full_loss_and_gradients():
 def test_positions_are_exact_in_bfloat16():
     """A table of angles that .to(bfloat16) rounds would make neighbours at position 400 look alike."""
     model = random_model(tiny_config(300, block_size=512)).to(torch.bfloat16)
-    cos, _ = model_file.rope_angles(torch.arange(512), 16, 10000.0)
+    cos, _ = model_file.rope_angles(torch.arange(512), tiny_config(300))
     assert cos.dtype == torch.float32
     assert not any(b.dtype == torch.bfloat16 for b in model.buffers())
 

@@ -189,7 +189,7 @@ def byte_level(tmp_path):
     path.mkdir()
     fast.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": {"content": "<|end|>"}, "bos_token": "<|begin|>"}))
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "bos_token": "<|begin|>"}))
     return path
 
 
@@ -198,7 +198,9 @@ TEXTS = [*STORIES[:5], "词汇：铲子，草地\n", "𠮷😀 a▁b  c", "<|end
 
 def test_a_tokenizer_json_alone_gives_every_text_back(byte_level):
     tok = tokenizers.load(byte_level)
-    assert tok.eos_id == 1 and 260 < tok.vocab_size <= 400
+    theirs = {"eos_token": {"__type": "AddedToken", "content": "<|end|>"}}  # as older ones are written
+    (byte_level / "tokenizer_config.json").write_text(json.dumps(theirs))
+    assert tokenizers.load(byte_level).eos_id == tok.eos_id == 1 and 260 < tok.vocab_size <= 400
     for text in TEXTS:
         ids = tok.encode(text)
         assert tok.decode(ids) == text and not {0, 1} & set(ids)
