@@ -49,6 +49,7 @@ IN_ORDER = 0.85                 # share of lists whose words come in the order i
 TALK = 0.64                     # share of stories that may use phrasings with speech in them
 OPEN_PLOTS = 0.7                # share of stories that have an open plot
 LEAK = 8                        # no training text shares so many characters in a row with what models are judged by
+SCENE = 0.9                     # share of asked words that a scene brings in, where the plot has them, too
 FRONT = 0.95                    # share of asked things that come at the first place that suits them
 ASKED_WORDS = 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5
 FREE_SENTENCE = 0.8             # share of asked sentences that come from outside the plot
@@ -243,7 +244,7 @@ def draw(world, slots, rng, words=(), key="", taken=(), like=()):
     for slot, tables in slots.items():
         character = any(table["names"] for table in tables)
         asked = next(((table, table["by_word"][entry["word"]], None) for entry in waiting for table in tables
-                      if suits(table, entry)), None)
+                      if slot != "hero" and suits(table, entry)), None)
         known = [asked] if asked else [other for other in like if other not in drawn
                                        and any(other[0] is table for table in tables)]
         for i in range(TRIES):
@@ -318,22 +319,23 @@ def choose_scene(world, rng, words, values, talk, taken, before):
     return text, brought, "hero" in scene["slots"]
 
 
-def arrange(beats, extras, rng):
-    """The text of a story. beats: their texts; extras: [(text, names the hero?)], which come in this order at the first
-    places that suit them, some of them anywhere before the last beat. Nothing comes between a name and its pronoun."""
-    before = [""] * len(beats)  # what stands before each beat
+def arrange(beats, extras, name, full, rng):
+    """The text of a story. beats: their texts; extras: [(text, may the hero's name be changed?)], which come in this
+    order before the first beat, some of them anywhere before the last one. Nothing comes between a name and its
+    pronoun. The hero is introduced, as `full`, where the story first has the name, and only there."""
+    before = [[] for _ in beats]
     places = [i for i, beat in enumerate(beats) if i == 0 or beat[0] not in "他她它"]
-    if len(places) == 1:
-        places.append(len(beats) - 1)
-    at = 0 if rng.random() < 0.15 else 1  # an index into places
-    for text, names_hero in extras:
-        if rng.random() < FRONT:
-            at = min(max(at, int(names_hero)), len(places) - 1)
-            before[places[at]] += text
-            at += rng.random() < 0.1
-        else:
-            before[rng.choice(places[1:])] += text
-    return "".join(extra + beat for extra, beat in zip(before, beats))
+    for extra in extras:
+        before[0 if rng.random() < FRONT else rng.choice(places)].append(extra)
+    parts, known = [], False
+    for beat, some in zip(beats, before):
+        for text, free in [*some, (beat, True)]:
+            if free:
+                text = text.replace(full, name)
+                if not known and name in text:
+                    text, known = text.replace(name, full, 1), True
+            parts.append(text)
+    return "".join(parts)
 
 
 def length(plot):
@@ -365,9 +367,9 @@ def bring_in(world, rng, words, values, talk, taken):
     """Scenes for all of these words -> [(text, names the hero?)]."""
     extras, scenes = [], []
     while words:
-        text, brought, names_hero = choose_scene(world, rng, words, values, talk, taken, scenes)
+        text, brought, _ = choose_scene(world, rng, words, values, talk, taken, scenes)
         words = [word for word in words if word not in brought]
-        extras.append((text, names_hero))
+        extras.append((text, True))
     return extras
 
 
@@ -380,21 +382,19 @@ def tell(world, rng, words, sentence, key, talk, like=None):
              if not (optional and rng.random() < 0.5)]
     summary = choose(rng.choice(ending["summary"]), rng)
     used = set().union(*map(slots_in, beats), slots_in(summary), {plot["central"]})
-    begin = slots_in(beats[0])
-    # asked words take slots that come early; those without one get a scene
     slots = {slot: tables for slot, tables in plot["slots"].items() if slot in used}
-    early = [slot for slot in slots if slot in begin or rng.random() > FRONT]
-    woven = [word for word in words if any(suits(table, word) for slot in early for table in slots[slot])]
+    # asked words take slots of the plot, and whether they find one or not, a scene brings them in first
+    woven = [word for word in words if any(suits(table, word) for tables in slots.values() for table in tables)]
     values, parts_of_speech, drawn = draw(
-        world, {slot: slots[slot] for slot in sorted(slots, key=lambda slot: slot not in early)}, rng, woven, key,
-        [word["word"] for word in words if word not in woven], like["drawn"] if like else ())
+        world, {slot: slots[slot] for slot in sorted(slots, key=lambda slot: slot not in slots_in(beats[0]))}, rng, woven,
+        key, [word["word"] for word in words if word not in woven], like["drawn"] if like else ())
     texts = [fill(beat, values) for beat in beats]
-    missing = [word for word in words if word["word"] not in "".join(texts)]
+    missing = [word for word in words if rng.random() < SCENE or word["word"] not in "".join(texts)]
     taken = [word for _, entry, name in drawn for word in (entry["word"], name) if word] + [w["word"] for w in words]
     extras = bring_in(world, rng, missing, values, talk, taken)
     if sentence:
         extras.insert(rng.choice((0, 0, len(extras))), (sentence, False))
-    return arrange(texts, extras, rng), fill(summary, values), {
+    return arrange(texts, extras, values["hero"], values["hero.full"], rng), fill(summary, values), {
         "plot": plot, "ending": ending, "beats": beats, "values": values, "parts_of_speech": parts_of_speech,
         "drawn": drawn}
 
