@@ -23,7 +23,7 @@ from constraints import SENTENCE, SUMMARY, WORDS, sentences  # noqa: E402
 from data import generate, language  # noqa: E402
 
 # probabilities
-AUTHORED, SHORT = 0.05, 0.6                # texts that are authored stories; of the others, those of scenes alone
+AUTHORED, SHORT = 0.05, 0.3                # texts that are authored stories; of the others, those of scenes alone
 NAMED = {WORDS: 0.9, SENTENCE: 0.6, SUMMARY: 0.35}     # what stands before or behind a text
 FIELD = {WORDS: "words", SENTENCE: "sentence", SUMMARY: "summary"}  # of a story record, and of books.toml
 TITLE, BEFORE, ELSEWHERE, SECOND = 0.3, 0.9, 0.05, 0.06
@@ -87,21 +87,18 @@ def strange_sentence(world, rng):
 
 def scenes(world, forms, rng):
     """A short text: scenes, each of which brings in something that is named before or behind it, and a sentence."""
-    hero, _, _ = generate.draw(world, {"hero": language.tables_of(world["lexicon"], "主角", "books.py")}, rng)
+    values, _, _ = generate.draw(world, {"hero": language.tables_of(world["lexicon"], "主角", "books.py")}, rng)
     words = generate.asked_words(world, rng, rng.choice((0, 1, 2, 2, 3, 3, 4, 5)))
     sentence = strange_sentence(world, rng) if not words or rng.random() < 0.6 else ""
-    parts, missing, used = [], words, []
-    while missing:
-        text, brought, _ = generate.choose_scene(world, rng, missing, hero, True, [], used)
-        missing = [word for word in missing if word not in brought]
-        parts.append(text)
+    used = []
+    parts = [generate.choose_scene(world, rng, word, values, True, [], used) for word in words]
+    parts = generate.introduce(parts, values["hero"], values["hero.full"])
     if sentence:
-        parts.insert(rng.choice((0, len(parts), rng.randint(0, len(parts)))), sentence)
+        parts.insert(rng.choice((0, len(parts))), sentence)
     if rng.random() < 0.2:  # one that nothing names
         parts.insert(rng.randint(0, len(parts)), strange_sentence(world, rng))
     text = "".join(parts)
-    in_order = rng.random() < generate.IN_ORDER
-    named = sorted((word["word"] for word in words), key=text.find if in_order else lambda _: rng.random())
+    named = [word["word"] for word in words]
     labels = ({WORDS: named} if named else {}) | ({SENTENCE: sentence} if sentence else {})
     return around(text, labels, None, world, forms, rng)
 

@@ -38,32 +38,29 @@ from constraints import (  # noqa: E402
     render,
     sentences,
 )
-from data.language import ANY, LANGUAGE, Slot, load  # noqa: E402
+from data.language import ANY, HERO, LANGUAGE, Slot, load  # noqa: E402
 
 VERSION = 3                     # of the output: raise it when a seed gives different stories
 STORY_CHARS = {"short": (40, 380), "long": (120, 430)}   # by `length` of the plot
 LEAST_RECURRENCE = {"short": 2, "long": 3}
 SUMMARY_CHARS = 8, 60
 SENTENCE_CHARS = 5, 30          # of the sentence that serves as 随机句子
-IN_ORDER = 0.85                 # share of lists whose words come in the order in which they are told
+DIALOGUE = 0.35                 # share of stories with features that are told for 对话, and begin with it
 TALK = 0.64                     # share of stories that may use phrasings with speech in them
-OPEN_PLOTS = 0.7                # share of stories that have an open plot
+OPEN_PLOTS = 0.85               # share of stories that have an open plot
 LEAK = 8                        # no training text shares so many characters in a row with what models are judged by
-SCENE = 0.9                     # share of asked words that a scene brings in, where the plot has them, too
-FRONT = 0.95                    # share of asked things that come at the first place that suits them
 ASKED_WORDS = 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5
-FREE_SENTENCE = 0.8             # share of asked sentences that come from outside the plot
-AUTHORED_SENTENCE = 0.15        # of these: sentences of authored stories
-SPLICED = 0.5                   # of these: pieces of several sentences, which nothing but copying can tell
+AUTHORED_SENTENCE = 0.15        # share of asked sentences that are of authored stories
+SPLICED = 0.8                   # share that is pieces of several sentences, which nothing but copying can tell
 MARKS = "。。。！！？"           # at their end
 MADE_UP = 0.08                  # share of asked words that are in no list
-OWN_WORDS = {"short": 0.2, "long": 0.6}     # share of stories whose 词汇 has words that the plot's slots drew, too
-PLOTS_SEEN, SCENES_SEEN = 5, 4  # candidates drawn; the one with room for most of the asked words is taken
-WORD_FIRST = 0.8                # share of scenes that begin with their word: to tell it is then no more than to copy it
+PLOTS_SEEN = 20                 # plots drawn; one with room for most of what is asked is taken
+WORD_FIRST = 0.95               # share of scenes that begin with their word: to tell it is then no more than to copy it
 ANY_SCENE = 0.08                # share of scenes that would suit any word, where its class has its own
 AFFINITY, FAVOURITES = 0.8, 3   # see `prefer`
 LISTED_NAMES = 0.7              # share of names that are of the lexicon, where nothing is asked
 MAIN_CHARACTERS = "hero", "pal", "friend"
+TOPICS = "东西", "大件", "车船", "吃的", "喝的", "植物", "动物", "人物", "地方"
 TRIES = 1000                    # before giving up on a story
 CLASSES = {  # what is asked for, by class: relative frequencies
     "东西": 16, "吃的": 9, "动物": 10, "植物": 6, "地方": 11, "人物": 6, "大件": 5, "车船": 3, "喝的": 3, "天上": 5,
@@ -134,6 +131,24 @@ def clashes(word, others):
     """Is the word equal to, inside, or around one of the others? Labels and counts could then be wrong. A word of one
     character may be part of a longer one."""
     return any(word == other or min(len(word), len(other)) > 1 and (word in other or other in word) for other in others)
+
+
+@functools.cache
+def nouns():
+    """{word: entry} of the open classes that a plot may be about."""
+    return {word: entry for name in TOPICS for word, entry in load()["lexicon"][name]["by_word"].items()
+            if len(word) > 1}
+
+
+def words_in(sentence):
+    """The entries of the nouns in a sentence, the longest first where one is within another."""
+    entries, end = [], 0
+    for start in range(len(sentence)):
+        for stop in range(min(len(sentence), start + 5), start + 1, -1):
+            if start >= end and sentence[start:stop] in nouns():
+                entries.append(nouns()[sentence[start:stop]])
+                end = stop
+    return entries
 
 
 @functools.cache
@@ -244,14 +259,14 @@ def draw(world, slots, rng, words=(), key="", taken=(), like=()):
     for slot, tables in slots.items():
         character = any(table["names"] for table in tables)
         asked = next(((table, table["by_word"][entry["word"]], None) for entry in waiting for table in tables
-                      if slot != "hero" and suits(table, entry)), None)
+                      if suits(table, entry)), None)
         known = [asked] if asked else [other for other in like if other not in drawn
                                        and any(other[0] is table for table in tables)]
         for i in range(TRIES):
             if i < len(known):
                 table, entry, name = known[i]
             else:
-                leaning = key if character and i < 10 else ""
+                leaning = values.get("hero", key) if character and i < 10 else ""
                 table = prefer(rng, tables, leaning, slot + " table")
                 entry = prefer(rng, table["entries"], leaning, slot) if leaning else draw_entry(table, rng)
                 name = table["names"] and draw_name(world["lexicon"][table["names"]]["entries"], rng, leaning,
@@ -288,54 +303,32 @@ def choose_plot(world, rng, words, key, like=None):
     """A plot with slots for many of the words: the best of a few."""
     of_open = rng.random() < OPEN_PLOTS
     plots = [p for p in world["plots"] if p["open"] == of_open and not (like and p is like["plot"])]
-    some = [prefer(rng, plots, key, "plot") for _ in range(PLOTS_SEEN)]
+    if not words:
+        return prefer(rng, plots, key, "plot")
 
     def room(plot):
         tables = [table for tables in plot["slots"].values() for table in tables]
         return sum(any(suits(table, word) for table in tables) for word in words)
-    return max(some, key=room)
+    return max(rng.sample(plots, PLOTS_SEEN), key=room)
 
 
-def choose_scene(world, rng, words, values, talk, taken, before):
-    """A scene that brings in the first of the words, perhaps others, too -> (its text, the words that it brings in,
-    does it name the hero?). values: of the story; taken: words that the scene's other slots must keep clear of; before:
-    the scenes that the story has, to which this one is added."""
-    word, *others = words
-    best = None
-    for _ in range(SCENES_SEEN):
+def choose_scene(world, rng, word, values, talk, taken, before):
+    """The text of a scene that brings in the word. values: of the story; taken: words that the scene's other slots must
+    keep clear of; before: the scenes that the story has, to which this one is added."""
+    if values["hero"] == word["word"]:
+        name, slot = HERO, "hero"
+    else:
         name = ANY if word["class"] not in world["scenes"] or rng.random() < ANY_SCENE else word["class"]
-        scenes = [scene for scene in world["scenes"][name] if (talk or not scene["speech"]) and scene not in before]
-        word_first = [scene for scene in scenes if scene["text"].lstrip("“‘").startswith(f"{{{name}}}")]
-        scene = rng.choice(word_first if word_first and rng.random() < WORD_FIRST else scenes)
-        slots = {slot: tables for slot, tables in scene["slots"].items() if slot not in ("hero", name)}
-        own, _, drawn = draw(world, slots, rng, others, taken=[*taken, word["word"]])
-        own |= {name: word["word"]} | {f"{name}.{column}": cell for column, cell in word.items()}
-        own |= {slot: value for slot, value in values.items() if slot.partition(".")[0] == "hero"}
-        brought = [word] + [other for other in others if any(entry is other for _, entry, _ in drawn)]
-        if best is None or len(brought) > len(best[1]):
-            best = fill(choose(scene["parts"], rng), own), brought, scene
-    text, brought, scene = best
+        slot = name
+    scenes = [scene for scene in world["scenes"][name] if (talk or not scene["speech"]) and scene not in before]
+    word_first = [scene for scene in scenes if scene["text"].lstrip("“‘").startswith(f"{{{slot}}}")]
+    scene = rng.choice(word_first if word_first and rng.random() < WORD_FIRST else scenes)
     before.append(scene)
-    return text, brought, "hero" in scene["slots"]
-
-
-def arrange(beats, extras, name, full, rng):
-    """The text of a story. beats: their texts; extras: [(text, may the hero's name be changed?)], which come in this
-    order before the first beat, some of them anywhere before the last one. Nothing comes between a name and its
-    pronoun. The hero is introduced, as `full`, where the story first has the name, and only there."""
-    before = [[] for _ in beats]
-    places = [i for i, beat in enumerate(beats) if i == 0 or beat[0] not in "他她它"]
-    for extra in extras:
-        before[0 if rng.random() < FRONT else rng.choice(places)].append(extra)
-    parts, known = [], False
-    for beat, some in zip(beats, before):
-        for text, free in [*some, (beat, True)]:
-            if free:
-                text = text.replace(full, name)
-                if not known and name in text:
-                    text, known = text.replace(name, full, 1), True
-            parts.append(text)
-    return "".join(parts)
+    slots = {other: tables for other, tables in scene["slots"].items() if other not in ("hero", slot)}
+    own, _, _ = draw(world, slots, rng, taken=taken)
+    own |= {slot: word["word"]} | {f"{slot}.{column}": cell for column, cell in word.items()}
+    own |= {other: value for other, value in values.items() if other.partition(".")[0] == "hero"}
+    return fill(choose(scene["parts"], rng), own)
 
 
 def length(plot):
@@ -363,40 +356,46 @@ def some_words(there, text, rng):
     return some
 
 
-def bring_in(world, rng, words, values, talk, taken):
-    """Scenes for all of these words -> [(text, names the hero?)]."""
-    extras, scenes = [], []
-    while words:
-        text, brought, _ = choose_scene(world, rng, words, values, talk, taken, scenes)
-        words = [word for word in words if word not in brought]
-        extras.append((text, True))
-    return extras
-
-
-def tell(world, rng, words, sentence, key, talk, like=None):
+def tell(world, rng, words, sentence, key, talk, dialogue, like=None):
     """One try at a story with these words and this sentence -> its text, its summary and what it was made from, whether
-    or not it turned out well."""
-    plot = choose_plot(world, rng, words, key, like)
+    or not it turned out well.
+
+    The sentence comes first, then a scene for each word, in the order asked. Then the plot is told, with what is asked,
+    and what the sentence is about, in its slots.
+    """
+    named = words + words_in(sentence)
+    plot = choose_plot(world, rng, named, key, like)
     ending = rng.choice(plot["endings"])
-    beats = [choose(rng.choice(beat[talk]), rng) for optional, beat in ending["beats"]
-             if not (optional and rng.random() < 0.5)]
+    phrasings = [beat[talk] for optional, beat in ending["beats"] if not (optional and rng.random() < 0.5)]
+    if dialogue:  # where that is asked for, the plot begins with it
+        phrasings[0] = list(filter(speaks, phrasings[0])) or phrasings[0]
+    beats = [choose(rng.choice(some), rng) for some in phrasings]
     summary = choose(rng.choice(ending["summary"]), rng)
-    used = set().union(*map(slots_in, beats), slots_in(summary), {plot["central"]})
+    used = {"hero"}.union(*map(slots_in, beats), slots_in(summary), {plot["central"]})
     slots = {slot: tables for slot, tables in plot["slots"].items() if slot in used}
-    # asked words take slots of the plot, and whether they find one or not, a scene brings them in first
-    woven = [word for word in words if any(suits(table, word) for tables in slots.values() for table in tables)]
-    values, parts_of_speech, drawn = draw(
-        world, {slot: slots[slot] for slot in sorted(slots, key=lambda slot: slot not in slots_in(beats[0]))}, rng, woven,
-        key, [word["word"] for word in words if word not in woven], like["drawn"] if like else ())
-    texts = [fill(beat, values) for beat in beats]
-    missing = [word for word in words if rng.random() < SCENE or word["word"] not in "".join(texts)]
+    woven = [word for word in named if any(suits(table, word) for tables in slots.values() for table in tables)]
+    values, parts_of_speech, drawn = draw(world, slots, rng, woven, key, [word["word"] for word in words
+                                                                          if word not in woven],
+                                          like["drawn"] if like else ())
     taken = [word for _, entry, name in drawn for word in (entry["word"], name) if word] + [w["word"] for w in words]
-    extras = bring_in(world, rng, missing, values, talk, taken)
-    if sentence:
-        extras.insert(rng.choice((0, 0, len(extras))), (sentence, False))
-    return arrange(texts, extras, values["hero"], values["hero.full"], rng), fill(summary, values), {
+    scenes = []
+    opening = [choose_scene(world, rng, word, values, talk, taken, scenes) for word in words]
+    text = introduce([*opening, *(fill(beat, values) for beat in beats)], values["hero"], values["hero.full"])
+    return sentence + "".join(text), fill(summary, values), {
         "plot": plot, "ending": ending, "beats": beats, "values": values, "parts_of_speech": parts_of_speech,
         "drawn": drawn}
+
+
+def speaks(parts):
+    """Has this compiled phrasing speech in it, whatever is chosen?"""
+    return any("“" in part for part in parts if isinstance(part, str))
+
+
+def introduce(parts, name, full):
+    """The parts of a story, with the hero introduced, as `full`, where they first have the name, and only there."""
+    parts = [part.replace(full, name) for part in parts]
+    first = next((i for i, part in enumerate(parts) if name in part), None)
+    return [part.replace(name, full, 1) if i == first else part for i, part in enumerate(parts)]
 
 
 def sound(text, summary, source, words):
@@ -408,31 +407,15 @@ def sound(text, summary, source, words):
             and all(word["word"] in text for word in words) and not leaks(text) and not leaks(summary))
 
 
-def words_label(there, text, source, words, rng, held_out):
-    """What stands in 词汇. The first asked word stays the first: the story's hero and plot go with it (`prefer`)."""
-    if not words:
-        in_text = {word: pos for word, pos in source["plot"]["in_text"].items() if word in text}
-        return some_words(there | in_text, text, rng)
-    first, *others = [word["word"] for word in words]
-    if not held_out and rng.random() < OWN_WORDS[length(source["plot"])]:     # words of the plot, beside or instead
-        own = [word for word in there if text.index(word) < len(text) // 2 and not clashes(word, [first, *others])]
-        own = rng.sample(own, min(len(own), rng.choice((1, 1, 2))))
-        others = (others[1:] if rng.random() < 0.5 else others) + own
-    if rng.random() < IN_ORDER:
-        others.sort(key=text.index)
-    else:
-        rng.shuffle(others)
-    return [first, *others]
-
-
-def labels_of(text, summary, source, words, sentence, rng, held_out):
+def labels_of(text, summary, source, words, sentence, rng):
     """The labels of a story, all of them true: {"words", "features", "sentence", "summary"}."""
     there = {word: pos for word, pos in source["parts_of_speech"].items() if word in text}
     features = source["ending"]["features"] | ({"对话"} if has_dialogue(text) else set())
     if not sentence:
         parts = [s for s in sentences(text) if s.count("“") == s.count("”")]
         sentence = rng.choice([s for s in parts if SENTENCE_CHARS[0] <= len(s) <= SENTENCE_CHARS[1]] or parts)
-    return {"words": words_label(there, text, source, words, rng, held_out),
+    in_text = {word: pos for word, pos in source["plot"]["in_text"].items() if word in text}
+    return {"words": [word["word"] for word in words] or some_words(there | in_text, text, rng),
             "features": [feature for feature in FEATURES if feature in features], "sentence": sentence,
             "summary": summary}
 
@@ -446,25 +429,27 @@ def compose(world, rng, asked=(), held_out=False, like=None):
     another plot, about the same things where it can be. ValueError if a plot cannot be told.
     """
     words = asked_words(world, rng, rng.choice(ASKED_WORDS), held_out) if WORDS in asked else []
-    sentence = free_sentence(world, rng, held_out) if SENTENCE in asked and rng.random() < FREE_SENTENCE else None
+    sentence = free_sentence(world, rng, held_out) if SENTENCE in asked else ""
     first = {WORDS: words and words[0]["word"], SENTENCE: sentence}
     key = next((first[k][0] for k in asked if first.get(k)), "")
-    talk = rng.random() < TALK
+    dialogue = FEATURE in asked and rng.random() < DIALOGUE
+    talk = dialogue or rng.random() < TALK
     for i in range(TRIES):
         try:
-            text, summary, source = tell(world, rng, words, sentence, key, talk, like if i < 20 else None)
+            text, summary, source = tell(world, rng, words, sentence, key, talk, dialogue, like if i < 20 else None)
         except Crowded:
             continue
         if sound(text, summary, source, words):
-            labels = labels_of(text, summary, source, words, sentence, rng, held_out)
+            labels = labels_of(text, summary, source, words, sentence, rng)
             if labels["features"] or FEATURE not in asked:
                 break
     else:
         asked_for = "，".join(word["word"] for word in words) or "no word"
         raise ValueError(f"{TRIES} tries gave no story that has {asked_for} and {sentence!r}")
-    some = rng.sample(labels["features"], min(len(labels["features"]), rng.choice((1, 1, 1, 2, 2, 3))))
-    if held_out and "对话" in labels["features"]:
-        some = ["对话"]  # the one that a rule can tell
+    others = [feature for feature in labels["features"] if feature != "对话"]
+    some = rng.sample(others, min(len(others), rng.choice((1, 1, 1, 2, 2, 3))))
+    if "对话" in labels["features"] and (dialogue or not others or held_out):
+        some = ["对话"] if held_out else ["对话", *some[1:]]  # it is the one that a rule can tell
     ask = {WORDS: labels["words"], FEATURE: some, SENTENCE: labels["sentence"], SUMMARY: summary}
     return {"text": text} | labels | {"asked": {key: ask[key] for key in asked}}, source
 

@@ -24,6 +24,7 @@ from constraints import FEATURES  # noqa: E402
 LANGUAGE = ROOT / "data"        # the folder of the files above
 POS = ("noun", "verb", "adj")
 ANY = "任何"                    # scenes for any word, whatever its class
+HERO = "主角"                   # scenes for the hero, where it is what is asked for
 HELD_OUT = 14                   # one in so many words of the open classes is held out: see `load_classes`
 SILENT_SCENES = 6               # at least, of every class: a story has no scene twice
 CHARACTER = ("full", "ta")      # {hero.full} 小兔豆豆, {hero.ta} 它; {hero.kind} where the class has names
@@ -64,7 +65,7 @@ def _load(folder):
     for name, phrasings in ({ANY: []} | scenes).items():
         where = f"{folder / 'scenes.toml'}: [{name}]"
         for i, phrasing in enumerate(phrasings, 1):
-            if Slot(name) not in phrasing["parts"]:
+            if Slot("hero" if name == HERO else name) not in phrasing["parts"]:
                 raise ValueError(f"{where} {i}: no {{{name}}} in {phrasing['text']!r}")
         if sum(not phrasing["speech"] for phrasing in phrasings) < SILENT_SCENES:
             raise ValueError(f"{where}: fewer than {SILENT_SCENES} scenes without speech")
