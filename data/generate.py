@@ -135,9 +135,9 @@ def clashes(word, others):
 
 @functools.cache
 def nouns():
-    """{word: entry} of the open classes that a plot may be about."""
-    return {word: entry for name in TOPICS for word, entry in load()["lexicon"][name]["by_word"].items()
-            if len(word) > 1}
+    """{word: entry} of what a plot may be about."""
+    return {entry["word"]: entry for name in TOPICS for entry in load()["lexicon"][name]["entries"]
+            if len(entry["word"]) > 1}
 
 
 def words_in(sentence):
