@@ -99,10 +99,7 @@ def gpt_config(path):
         kinds = {key: value.get("rope_type", value.get("type", "default")) for key, value in scalings.items()}
         scaling = next((scalings[key] for key, kind in kinds.items() if kind == "llama3"), None)
         c["rope_scaling"] = scaling and llama3_scaling(path, scaling)
-        if c.get("model_type") == "qwen2":
-            c["qkv_bias"] = True
-        if c.get("model_type") == "qwen3":
-            c["qk_norm"] = True
+        c |= {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}.get(c.get("model_type"), {})
         if str(c.get("model_type")).startswith("qwen") and not c.get("use_sliding_window"):
             c.pop("sliding_window", None)
         refused = {

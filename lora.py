@@ -52,7 +52,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.r, self.alpha, self.scaling = r, alpha, scaling
         self.scale = alpha / (r if scaling == "lora" else math.sqrt(r))
-        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias  # a bias: Qwen2's
+        linear.requires_grad_(False)
+        self.weight, self.bias = linear.weight, linear.bias  # only Qwen2's have a bias
         like = {"bias": False, "device": linear.weight.device, "dtype": linear.weight.dtype}
         self.lora_A = nn.Linear(linear.in_features, r, **like)  # kaiming_uniform(a=sqrt(5)), as PEFT's
         self.lora_B = nn.Linear(r, linear.out_features, **like)

@@ -163,13 +163,13 @@ class GPT(nn.Module):
             attn, mlp = block.self_attn, block.mlp
             for linear in (attn.q_proj, attn.k_proj, attn.v_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
                 nn.init.normal_(linear.weight, std=linear.in_features ** -0.5)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
             # what writes into the residual stream starts smaller, so that the stream does not grow with depth
             mlp.down_proj.weight.mul_((2 * self.config.n_layer) ** -0.5)
             # Attention starts close to what trained attention turns out to be (Trockman and Kolter, arXiv 2305.09828):
             # a token looks at tokens like itself (k = q) and passes on what it sees there as it is (o = v transposed).
             # A story model needs just that, to copy names and words from its prompt, and finds it late by itself.
-            for linear in (attn.q_proj, attn.k_proj, attn.v_proj) if self.config.qkv_bias else ():
-                nn.init.zeros_(linear.bias)
             groups = self.config.n_head // self.config.n_kv_head
             heads = attn.q_proj.weight.view(self.config.n_kv_head, groups, self.config.head_size, -1)  # (H_kv, G, D, C)
             attn.k_proj.weight.copy_(heads[:, 0].reshape_as(attn.k_proj.weight))

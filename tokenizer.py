@@ -179,11 +179,11 @@ def load(path):
     model, directory = (path / "tokenizer.model", path) if path.is_dir() else (path, None)
     files = {name: (directory / name).read_bytes() for name in FILES if directory and (directory / name).is_file()}
     kind = Tokenizer
-    if not model.is_file() and {"tokenizer.json", "tokenizer_config.json"} <= set(files):
-        kind, model = JsonTokenizer, directory / "tokenizer.json"
-    elif model.is_file():
+    if model.is_file():
         files["tokenizer.model"] = model.read_bytes()
-    else:
+    elif {"tokenizer.json", "tokenizer_config.json"} <= set(files) and b"<0x0A>" not in files["tokenizer.json"]:
+        kind, model = JsonTokenizer, directory / "tokenizer.json"
+    else:  # a tokenizer.json with SentencePiece's byte pieces is a copy of the tokenizer.model that is missing
         raise ValueError(f"{model}: no such tokenizer (a SentencePiece tokenizer.model is needed, or a tokenizer.json "
                          "with its tokenizer_config.json)")
     try:

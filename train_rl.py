@@ -102,13 +102,13 @@ class Rollouts:
         self.algo, self.prompts, self.group, self.batch_size = algo, prompts, group, batch_size
         self.kl, self.seed, self.max_new_tokens = kl, seed, max_new_tokens
         self.steps_per_epoch = -(-len(rows) // prompts)
-        again = [repetition([row["story"]])["rep4"] for row in rows if len(row["story"] or "") > 3]
+        again = [repetition([row["story"]])["rep4"] for row in rows if len(row["story"] or "") >= 4]
         self.usual_repetition = float(np.quantile(again, USUAL)) if again else 1.0
         self.sums = defaultdict(lambda: [0.0, 0])  # {figure: [sum, number]} since the last line of the log
 
     def fingerprint(self):
-        """Changes with the instructions: a resumed run checks it."""
-        return fingerprint(render(row["constraints"]).encode() for row in self.rows)
+        """Changes with the instructions and their stories: a resumed run checks it."""
+        return fingerprint(f"{render(row['constraints'])}\n{row['story']}".encode() for row in self.rows)
 
     def measured(self):
         """How the stories of the step, or of the validation, were: means, under torchrun those of the first process."""
@@ -122,17 +122,17 @@ class Rollouts:
             self.sums[prefix + name][1] += 1
 
     def __call__(self, step):
-        at = range(step * self.prompts + rank(), (step + 1) * self.prompts, world())
-        rows = [self.rows[i % len(self.rows)] for i in at]
+        places = range(step * self.prompts + rank(), (step + 1) * self.prompts, world())
+        rows = [self.rows[i % len(self.rows)] for i in places]
         seed = ((self.seed * 1_000_003 + step) * world() + rank()) % 2**63
         groups = self.write(rows, self.group, seed, temperature=1.0)
         for group in groups:
             self.count(equal_groups=len({story["reward"] for story in group}) == 1)
             for story in group:
                 self.count(**{name: value for name, value in story.items() if name != "row"})
-        own = [encode_pair(self.tokenizer, render(row["constraints"]), row["story"], self.model.config.block_size)
-               for row in rows if row["story"]]
-        chosen = advantages(groups) if self.algo == "pg" else rejection_sampled(groups, own)
+        chosen = advantages(groups) if self.algo == "pg" else rejection_sampled(groups, [
+            encode_pair(self.tokenizer, render(row["constraints"]), row["story"], self.model.config.block_size)
+            for row in rows if row["story"]])
         return [self.weighted(chosen[i:i + self.batch_size]) for i in range(0, len(chosen), self.batch_size)]
 
     def write(self, rows, n, seed, temperature):
@@ -214,7 +214,7 @@ def parse_args(argv=None):
          help="policy gradient, or rejection sampling: only stories that meet everything (default: %(default)s)")
     flag("--prompts", type=positive(int), default=16, help="instructions of a step (default: %(default)s)")
     flag("--group", type=positive(int), default=8, help="stories an instruction (default: %(default)s)")
-    flag("--kl", type=not_negative(float), default=0.0, help="off a token's weight: so much of its change (default: 0)")
+    flag("--kl", type=not_negative(float), default=0.0, help="weight of a KL penalty to the start (default: 0)")
     parser.set_defaults(out=Path("out/rl"), lr=1e-4, max_steps=150, warmup=5)
     args = train_sft.parse(parser, argv, fixed=("init", "adapter", "algo", "prompts", "group", "kl"))
     if args.group < 2 and args.algo == "pg":

@@ -28,11 +28,11 @@ GEOMETRIES = {
     "microstories": {"n_head": 6, "n_kv_head": 6, "head_size": 48, "n_embd": 512, "n_layer": 2},
     "grouped": {"n_head": 4, "n_kv_head": 2, "rope_base": 5e5},
     "untied": {"n_head": 4, "n_kv_head": 1, "tie_embeddings": False, "norm_eps": 1e-6},
-    "llama3": {"n_head": 4, "n_kv_head": 2, "rope_scaling": {
+    "llama3": {"n_head": 4, "n_kv_head": 2, "n_embd": 64, "rope_scaling": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32}},
     "qwen2": {"n_head": 4, "n_kv_head": 2, "qkv_bias": True, "n_embd": 64},
-    "qwen3": {"n_head": 4, "n_kv_head": 2, "qk_norm": True},
+    "qwen3": {"n_head": 4, "n_kv_head": 2, "qk_norm": True, "n_embd": 64},
 }
 
 

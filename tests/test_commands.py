@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STORIES, random_model, tiny_config
+from conftest import GEOMETRIES, ROOT, STORIES, random_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -396,7 +396,7 @@ def shard_of(name):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda path: [without(name)(path) for name in ("tokenizer.model", "tokenizer.json")], ["tokenizer.model"]),
+    (without("tokenizer.model"), ["tokenizer.model"]),
     (without("config.json"), ["config.json"]),
     (without("model.safetensors"), ["model.safetensors"]),
     (config(hidden_size=48), ["model.embed_tokens.weight", "48)"]),
@@ -408,6 +408,10 @@ def shard_of(name):
     (config(attention_bias=True), ["attention_bias"]),
     (config(rope_parameters={"rope_type": "yarn"}), ["rope_parameters", "yarn"]),
     (config(rope_scaling={"type": "linear", "factor": 2.0}), ["rope_scaling", "linear"]),
+    *[(config(rope_scaling=GEOMETRIES["llama3"]["rope_scaling"] | {key: value}), ["config.json", key])
+      for key, value in (("factor", -1), ("factor", "8"), ("low_freq_factor", None), ("low_freq_factor", 4.0),
+                         ("original_max_position_embeddings", math.nan))],
+    (config(model_type="qwen3", attention_bias=True), ["attention_bias"]),
     (shard_of("../outside.safetensors"), ["../outside.safetensors", "not the name of a file"]),
     (shard_of("/etc/outside.safetensors"), ["/etc/outside.safetensors", "not the name of a file"]),
     (config(tie_word_embeddings=False), ["lm_head.weight", "missing"]),

@@ -45,7 +45,7 @@ def test_cached_and_batched_generation_equal_the_plain_one(name):
 
     with torch.no_grad():
         expected = [plain(p) for p in prompts]
-    assert len({i for row in expected for i in row}) > 3  # it does not just repeat one token
+    assert len({i for row in expected for i in row}) > 4  # it does not just repeat one token
     assert generate(model, prompts, 30, temperature=0) == expected
     assert [generate(model, [p], 30, temperature=0)[0] for p in prompts] == expected
 

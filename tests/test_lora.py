@@ -6,7 +6,7 @@ import shutil
 import conftest
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import GEOMETRIES, tiny_config
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -366,3 +366,19 @@ def test_mistakes_of_the_command(model_dir, tok, pairs_file, tmp_path, refused, 
     refused(lora.main, ["merge", tmp_path, "--init", model_dir, "--out", tmp_path / "twice"], "adapter_config.json")
     assert not (tmp_path / "twice").exists()
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_what_is_merged_on_the_shapes_of_others_computes_the_same(name, tok, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = random_model(tiny_config(tok.vocab_size, **GEOMETRIES[name]))
+    lora.add(model, ["q_proj", "v_proj", "down_proj"], 4, 8)
+    for module in lora.adapters(model).values():
+        torch.nn.init.normal_(module.lora_B.weight, std=0.1)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if "lora_" in n}
+    save_model(tmp_path, lora.merged(model), tok)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    idx = torch.randint(0, tok.vocab_size, (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, model(idx), atol=1e-4, rtol=0)
