@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from itertools import islice, pairwise
+from itertools import islice
 
 import pytest
 from conftest import ROOT
@@ -53,7 +53,7 @@ def test_labels_are_true(records):
         text = record["text"]
         assert list(record) == ["text", "words", "features", "sentence", "summary", "asked", "story_id"]
         assert 40 <= len(text) <= 430
-        assert 1 <= len(record["words"]) == len(set(record["words"])) <= 7
+        assert 1 <= len(record["words"]) == len(set(record["words"])) <= 5
         assert all(word in text for word in record["words"])
         assert text.count(record["sentence"]) == 1
         assert record["sentence"][-1] in "。！？”" and record["sentence"].count("“") == record["sentence"].count("”")
@@ -106,29 +106,53 @@ def test_pronouns_agree(composed):
 
 # ----------------------------------------------------------------------------- what is asked comes, and comes early
 
-def test_asked_things_come_early_and_in_their_order(world):
-    places, first, ordered = [], [], []
+def test_what_is_asked_comes_first_and_in_its_order(world):
+    begins = ordered = 0
     for i in range(400):
         record, _ = generate.compose(world, random.Random(f"early-{i}"), ("词汇", "随机句子"))
-        text = record["text"]
-        own = [text.index(word) / len(text) for word in record["words"]]
-        places += own + [text.index(record["sentence"]) / len(text)]
-        first.append(min(own))
-        ordered += [a <= b for a, b in pairwise(own)]
-    assert sorted(places)[len(places) // 2] < 0.4
-    assert sum(place < 0.34 for place in places) > 0.5 * len(places)
-    assert sorted(first)[len(first) // 2] < 0.15
-    assert sum(ordered) > 0.6 * len(ordered)
+        assert record["text"].startswith(record["sentence"])
+        text = record["text"].removeprefix(record["sentence"])
+        own = [text.index(word) for word in record["words"]]
+        ordered += own == sorted(own)     # a scene may chance to have the word of the next one
+        begins += text.lstrip("“‘").startswith(record["words"][0])
+        assert max(own) < 60 * len(own)
+    assert begins > 0.9 * 400 and ordered > 0.95 * 400, (begins, ordered)
 
 
-def test_asked_words_are_woven_into_the_plot_where_they_suit_it(world):
-    woven = total = 0
-    for i in range(400):
-        record, source = generate.compose(world, random.Random(f"woven-{i}"), ("词汇",))
-        slots = {source["values"][slot + ".kind"] for slot in source["plot"]["slots"] if slot in source["values"]}
-        woven += sum(word in slots for word in record["words"])
-        total += len(record["words"])
-    assert woven > 0.25 * total
+def test_where_dialogue_is_asked_for_the_plot_begins_with_it(world):
+    rows = [generate.compose(world, random.Random(f"talk-{i}"), ("特点",)) for i in range(400)]
+    asked = [(record, source) for record, source in rows if "对话" in record["asked"]["特点"]]
+    first = ["“" in "".join(part for part in source["beats"][0] if isinstance(part, str)) for _, source in asked]
+    assert 0.2 * len(rows) < len(asked) < 0.5 * len(rows) and sum(first) > 0.8 * len(asked)
+    assert all(has_dialogue(record["text"]) for record, _ in asked)
+
+
+def test_the_hero_is_introduced_where_it_is_first_named():
+    parts = ["铲子在等豆豆。", "小兔豆豆来了。", "小兔豆豆笑了。"]
+    assert generate.introduce(parts, "豆豆", "小兔豆豆") == ["铲子在等小兔豆豆。", "豆豆来了。", "豆豆笑了。"]
+    assert generate.introduce(["下雨了。", "小兔豆豆来了。"], "豆豆", "小兔豆豆") == ["下雨了。", "小兔豆豆来了。"]
+    assert generate.introduce(["蚂蚁来了。", "蚂蚁笑了。"], "蚂蚁", "蚂蚁") == ["蚂蚁来了。", "蚂蚁笑了。"]
+
+
+def test_what_is_asked_and_what_a_sentence_is_about_is_woven_into_the_plot(world):
+    woven = {"词汇": [], "随机句子": []}
+    for key, found in woven.items():
+        for i in range(300):
+            record, source = generate.compose(world, random.Random(f"woven-{i}"), (key,))
+            slots = {source["values"][slot + ".kind"] for slot in source["plot"]["slots"] if slot in source["values"]}
+            named = [e["word"] for e in generate.words_in(record["sentence"] if key == "随机句子" else
+                                                          "。".join(record["words"]))]
+            found += [word in slots for word in named]
+    assert all(sum(found) > 0.4 * len(found) for found in woven.values()), woven
+    assert [entry["word"] for entry in generate.words_in("小松鼠把苹果放在桌子上。")] == ["小松鼠", "苹果", "桌子"]
+
+
+def test_a_friend_goes_with_the_hero(world):
+    slots = {slot: language.tables_of(world["lexicon"], "who", "") for slot in ("hero", "pal")}
+    pairs = [generate.draw(world, slots, random.Random(i), key="铲")[0] for i in range(400)]
+    hero, times = Counter(values["hero"] for values in pairs).most_common(1)[0]
+    friends = Counter(values["pal"] for values in pairs if values["hero"] == hero)
+    assert times > 40 and sum(n for _, n in friends.most_common(9)) > 0.6 * times and hero not in friends
 
 
 def test_nothing_is_brought_in_that_nobody_asked_for(world):
@@ -199,7 +223,7 @@ def test_no_duplicates(records):
 
 def test_plots_and_openings(composed, world):
     plots = Counter(source["plot"]["name"] for _, source in composed)
-    assert set(plots) == {plot["name"] for plot in world["plots"]} and max(plots.values()) < 0.05 * len(composed)
+    assert len(plots) > 0.95 * len(world["plots"]) and max(plots.values()) < 0.05 * len(composed)
     assert max(Counter(record["text"][:2] for record, _ in composed).values()) < 0.1 * len(composed)
 
 
