@@ -29,7 +29,9 @@ VERSION = "0.28"
 
 def command_line(description, prog=None):
     """-> an ArgumentParser whose errors are one line. From here on no character can crash the output: what the
-    terminal's encoding lacks (✓ on a Chinese Windows, redirected) is printed as a question mark."""
+    terminal's encoding lacks (✓ on a Chinese Windows, redirected) is printed as a question mark. And Ctrl-C ends the
+    command without a traceback."""
+    sys.excepthook = lambda kind, *error: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

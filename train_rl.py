@@ -23,7 +23,7 @@ import figures
 import lora
 import train_sft
 from checkpoint import find_last, find_model, load_last, load_model, save_model, save_tokenizer
-from common import fail, not_negative, positive, rank, to_path, world
+from common import fail, not_negative, number, rank, to_path, world
 from constraints import LIST_KEYS, SENTENCE, WORDS, check, fold, outcomes, render, sentences
 from data import builtin
 from data.judged import add_rivals, checkable, read_rows
@@ -208,12 +208,12 @@ def nothing(groups):
 def parse_args(argv=None):
     parser = train_sft.training_parser("Reinforcement from verifiable rewards: the model writes stories, code checks "
                                        "them, and the better ones of each group are made likelier.")
-    flag = parser.add_argument
+    flag, count = parser.add_argument, number(int, lambda n: 0 < n <= 4096, "is not from 1 to 4096")
     flag("--adapter", type=to_path, help="LoRA adapter directory on --init: train the adapter only")
     flag("--algo", choices=["pg", "rft"], default="pg",
          help="policy gradient, or rejection sampling: only stories that meet everything (default: %(default)s)")
-    flag("--prompts", type=positive(int), default=16, help="instructions of a step (default: %(default)s)")
-    flag("--group", type=positive(int), default=8, help="stories an instruction (default: %(default)s)")
+    flag("--prompts", type=count, default=16, help="instructions of a step (default: %(default)s)")
+    flag("--group", type=count, default=8, help="stories an instruction (default: %(default)s)")
     flag("--kl", type=not_negative(float), default=0.0, help="weight of a KL penalty to the start (default: 0)")
     parser.set_defaults(out=Path("out/rl"), lr=1e-4, max_steps=150, warmup=5)
     args = train_sft.parse(parser, argv, fixed=("init", "adapter", "algo", "prompts", "group", "kl"))

@@ -237,7 +237,8 @@ def test_user_errors_are_one_line(run, tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     usual = ["--init", run.init, "--data", run.data, "--out", tmp_path / "new"]
     for argv, word in ((["--group", "1"], "--group 1"), (["--group", "0"], "--group"), (["--kl", "-1"], "--kl"),
-                       (["--epochs", "1"], "--epochs"), (["--grad-accum", "2"], "--grad-accum"),
+                       (["--prompts", "9" * 30], "--prompts"), (["--epochs", "1"], "--epochs"),
+                       (["--grad-accum", "2"], "--grad-accum"),
                        (["--adapter", "nowhere"], "nowhere"), (["--algo", "ppo"], "--algo")):
         refused(train_rl.main, [*usual, *argv], word)
     run("--max-steps", "1")

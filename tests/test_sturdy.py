@@ -68,6 +68,14 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(model_d
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_ctrl_c_while_stories_are_told_gives_no_traceback(model_dir):
+    command = [sys.executable, "-u", "sample.py", "--ckpt", model_dir, "--max-new-tokens", "4000"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()  # it has begun
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == -signal.SIGINT and b"Traceback" not in process.stderr.read()
+
+
 def test_what_is_written_is_on_the_disk_before_it_replaces_anything(tmp_path, monkeypatch):
     events = []
     fsync, replace, rename = os.fsync, os.replace, type(tmp_path).rename
