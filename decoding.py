@@ -100,14 +100,16 @@ def normed(x, factors):
 
 
 @torch.inference_mode()
-def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, eos_id=None, seed=None, samples=1):
+def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, eos_id=None, seed=None, samples=1,
+           steer=None):
     """Continue several prompts at once; after each step yield a list with one new id a prompt.
 
     prompts: lists of ids, of unequal length if need be. A row ends with eos_id (which is not yielded), after
     max_new_tokens, or when block_size is full; from then on its entry is None. temperature 0 is argmax; top_k
     keeps the k likeliest ids, top_p of these the fewest that hold that share of the probability. The same seed
     gives the same ids. samples: each prompt is read once and continued so many times, as if the list had it so many
-    times in a row. Raises ValueError for a prompt without room and for sampling values out of range.
+    times in a row. steer(prompt, new ids so far) -> {id: what is added to its logit}, asked before every token. Raises
+    ValueError for a prompt without room and for sampling values out of range.
     """
     limit = model.config.block_size
     if not temperature >= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
@@ -134,12 +136,17 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.
     prompts = [prompt for prompt in prompts for _ in range(samples)]
     rows = list(range(len(prompts)))  # the prompts in the batch
     alive = [i for i in rows if len(prompts[i]) < limit]  # the places in the batch that go on
+    told = [[] for _ in prompts]
     for used in range(longest, len(slots)):  # slots in use
         logits = decoder(idx, pos, mask).float()  # (B, V)
         if used == longest and samples > 1:
             decoder.repeat(samples)
             logits, pads = logits.repeat_interleave(samples, dim=0), pads.repeat_interleave(samples)
             seen = seen if seen is None else seen.repeat_interleave(samples, dim=0)
+        if steer:
+            for i in alive:
+                for token, added in steer(prompts[rows[i]], told[rows[i]]).items():
+                    logits[i, token] += added
         ids = sample_next(logits, temperature, top_k, top_p, rng)  # (B,)
         new = ids.tolist()
         alive = [i for i in alive if new[i] != eos_id]
@@ -148,6 +155,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.
         out = [None] * len(prompts)
         for i in alive:
             out[rows[i]] = new[i]
+            told[rows[i]].append(new[i])
         yield out
         alive = [i for i in alive if len(prompts[rows[i]]) + used + 1 - longest < limit]
         if not alive:

@@ -22,6 +22,7 @@ from common import fail, not_negative, number, pick_device, pick_dtype, positive
 from constraints import LIST_KEYS, check, outcomes, parse
 from dataset import encode_prompt, in_batches
 from decoding import generate, stream
+from force import steer_to
 from model import IGNORE
 from records import SURROGATE, instruction_of, read_blocks, read_records
 
@@ -202,12 +203,13 @@ def continue_file(model, tokenizer, instructions, max_new_tokens, seed, sampling
     print(f"{len(stories)} stories -> {out}")
 
 
-def given_sampling(args):
+def given_sampling(args, tokenizer):
     """The sampling values that the flags give, and the temperature that several draws want."""
     given = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     usual = {"temperature": BEST_OF_TEMPERATURE} if args.best_of > 1 else {}
     chosen = usual | {name: value for name, value in given.items() if value is not None}
-    return chosen | ({"top_k": None} if args.top_k == 0 else {})
+    chosen |= {"top_k": None} if args.top_k == 0 else {}
+    return chosen | ({"steer": steer_to(tokenizer)} if args.force else {})
 
 
 def converse(model, tokenizer, args):
@@ -245,7 +247,7 @@ def converse(model, tokenizer, args):
         elif lines:
             try:
                 print_story(model, tokenizer, "instruction", "\n".join(lines), args.max_new_tokens, args.seed + told,
-                            SINGLE | given_sampling(args), args.best_of)
+                            SINGLE | given_sampling(args, tokenizer), args.best_of)
             except ValueError as e:
                 print(e)
             except KeyboardInterrupt:  # enough of this story
@@ -279,6 +281,8 @@ def parse_args(argv=None):
     parser.add_argument("--top-p", type=number(float, lambda p: 0 < p <= 1, "is outside (0, 1]"),
                         help=f"in (0, 1] (default: {SINGLE['top_p']})")
     parser.add_argument("--top-k", type=not_negative(int), help=f"0 is off (default: {SINGLE['top_k']})")
+    parser.add_argument("--force", action="store_true",
+                        help="asked words and the sentence become likelier the longer a story does without them")
     parser.add_argument("--max-new-tokens", type=positive(int), default=400, help="(default: %(default)s)")
     parser.add_argument("--seed", type=seed_number, default=1337, help="(default: %(default)s)")
     # machine
@@ -296,8 +300,6 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    given = given_sampling(args)
-    sampling = SINGLE | given
     requests = [("instruction", text.replace("\\n", "\n")) for text in args.instruction]
     requests += [("prompt", text) for text in args.prompt]
     try:
@@ -314,11 +316,12 @@ def main(argv=None):
         for kind, text in [*requests, *(("instruction", text) for text in instructions)]:
             encode_request(tokenizer, kind, text, model.config.block_size)  # before the first story is written
         print(f"{ckpt}: {model.num_params():,} parameters", file=sys.stderr)
+        given = given_sampling(args, tokenizer)
         if instructions:
-            continue_file(model, tokenizer, instructions, args.max_new_tokens, args.seed, sampling, args.out,
+            continue_file(model, tokenizer, instructions, args.max_new_tokens, args.seed, SINGLE | given, args.out,
                           args.best_of)
         for kind, text in requests:
-            print_story(model, tokenizer, kind, text, args.max_new_tokens, args.seed, sampling, args.best_of)
+            print_story(model, tokenizer, kind, text, args.max_new_tokens, args.seed, SINGLE | given, args.best_of)
         if args.interactive:
             converse(model, tokenizer, args)
         elif not instructions and not requests:

@@ -7,7 +7,8 @@ from conftest import ROOT
 
 # top to bottom, as README lists them
 ORDER = ["functions", "model", "decoding", "tokenizer", "constraints", "common", "records", "dataset", "lora",
-         "checkpoint", "sample", "figures", "data", "train_sft", "pretrain", "augment", "evaluate", "train_rl"]
+         "checkpoint", "force", "sample", "figures", "data", "train_sft", "pretrain", "augment", "evaluate", "train_rl",
+         "demo"]
 FILES = [f"{name}.py" for name in ORDER if name != "data"]
 PRODUCT = [*FILES, *(f"data/{path.name}" for path in sorted((ROOT / "data").glob("*.py")))]
 
