@@ -48,7 +48,7 @@ SENTENCE_CHARS = 5, 30          # of the sentence that serves as 随机句子
 DIALOGUE = 0.35                 # share of stories with features that are told for 对话, and begin with it
 TALK = 0.64                     # share of stories that may use phrasings with speech in them
 OPEN_PLOTS = 0.85               # share of stories that have an open plot
-TELLING = 0.9                   # share of summaries that name several things of the story
+TELLING = 0.9                   # share of asked summaries that name several things of the story, as a reader's do
 LEAK = 8                        # no training text shares so many characters in a row with what models are judged by
 ASKED_WORDS = 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5
 AUTHORED_SENTENCE = 0.15        # share of asked sentences that are of authored stories
@@ -357,7 +357,7 @@ def some_words(there, text, rng):
     return some
 
 
-def tell(world, rng, words, sentence, key, talk, dialogue, like=None):
+def tell(world, rng, words, sentence, key, talk, dialogue, telling=False, like=None):
     """One try at a story with these words and this sentence -> its text, its summary and what it was made from, whether
     or not it turned out well.
 
@@ -371,9 +371,10 @@ def tell(world, rng, words, sentence, key, talk, dialogue, like=None):
     if dialogue:  # where that is asked for, the plot begins with it
         phrasings[0] = list(filter(speaks, phrasings[0])) or phrasings[0]
     beats = [choose(rng.choice(some), rng) for some in phrasings]
-    # mostly a summary that names two things or more, as a reader's would: from a moral no one can tell the story
-    telling = [summary for summary in ending["summary"] if len(slots_in(summary)) > 1]
-    summary = choose(rng.choice(telling if telling and rng.random() < TELLING else ending["summary"]), rng)
+    summaries = ending["summary"]
+    if telling and rng.random() < TELLING:  # from a moral no one can tell the story
+        summaries = [summary for summary in summaries if len(slots_in(summary)) > 1] or summaries
+    summary = choose(rng.choice(summaries), rng)
     used = {"hero"}.union(*map(slots_in, beats), slots_in(summary), {plot["central"]})
     slots = {slot: tables for slot, tables in plot["slots"].items() if slot in used}
     woven = [word for word in named if any(suits(table, word) for tables in slots.values() for table in tables)]
@@ -423,13 +424,14 @@ def labels_of(text, summary, source, words, sentence, rng):
             "summary": summary}
 
 
-def compose(world, rng, asked=(), held_out=False, like=None):
+def compose(world, rng, asked=(), held_out=False, telling=False, like=None):
     """A story record without its id, and what it was made from: {"plot", "ending", "beats", "values",
     "parts_of_speech", "drawn"}.
 
     asked: the keys of its instruction, in order; 词汇 and 随机句子 are drawn before the story. The record's "asked" are
-    the constraints. held_out: the words are of `held_out_words`. like: what another story was made from; this one is of
-    another plot, about the same things where it can be. ValueError if a plot cannot be told.
+    the constraints. held_out: the words are of `held_out_words`. telling: the summary names several things. like: what
+    another story was made from; this one is of another plot, about the same things where it can be. ValueError if a
+    plot cannot be told.
     """
     words = asked_words(world, rng, rng.choice(ASKED_WORDS), held_out) if WORDS in asked else []
     sentence = free_sentence(world, rng, held_out) if SENTENCE in asked else ""
@@ -439,7 +441,8 @@ def compose(world, rng, asked=(), held_out=False, like=None):
     talk = dialogue or rng.random() < TALK
     for i in range(TRIES):
         try:
-            text, summary, source = tell(world, rng, words, sentence, key, talk, dialogue, like if i < 20 else None)
+            text, summary, source = tell(world, rng, words, sentence, key, talk, dialogue, telling,
+                                         like if i < 20 else None)
         except Crowded:
             continue
         if sound(text, summary, source, words):
@@ -487,7 +490,7 @@ def _stories(n, seed, world, held_out):
         i += 1
         rng = random.Random(f"{seed}-{i}")
         kinds = turns[i % len(turns)]
-        record, _ = compose(world, rng, rng.sample(kinds, len(kinds)), held_out)
+        record, _ = compose(world, rng, rng.sample(kinds, len(kinds)), held_out, telling=True)
         key = hashlib.blake2b(record["text"].encode(), digest_size=12).digest()
         if key in seen:
             if i > 100 + 10 * len(seen):
