@@ -20,7 +20,7 @@ SEEDS = {  # of data/generate.py and data/books.py
 }
 BOOKS, EXERCISES = 300_000, 4_000  # texts of pretraining
 VALIDATION_STORIES = 200
-STORIES = 7200                      # of fine-tuning
+STORIES = 6400                      # of fine-tuning
 REPLAYED = 5000                     # texts of pretraining that --replay draws from
 REINFORCED = 2400                   # instructions of train_rl.py
 PLAIN, INSTRUCTIONS = 100, 600

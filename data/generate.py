@@ -47,7 +47,7 @@ SUMMARY_CHARS = 8, 60
 SENTENCE_CHARS = 5, 30          # of the sentence that serves as 随机句子
 DIALOGUE = 0.35                 # share of stories with features that are told for 对话, and begin with it
 TALK = 0.64                     # share of stories that may use phrasings with speech in them
-OPEN_PLOTS = 0.85               # share of stories that have an open plot
+OPEN_PLOTS = 0.95               # share of stories that have an open plot
 TELLING = 0.9                   # share of asked summaries that name several things of the story, as a reader's do
 LEAK = 8                        # no training text shares so many characters in a row with what models are judged by
 ASKED_WORDS = 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5
@@ -57,7 +57,6 @@ MARKS = "。。。！！？"           # at their end
 MADE_UP = 0.08                  # share of asked words that are in no list
 PLOTS_SEEN = 20                 # plots drawn; one with room for most of what is asked is taken
 WORD_FIRST = 0.95               # share of scenes that begin with their word: to tell it is then no more than to copy it
-ANY_SCENE = 0.08                # share of scenes that would suit any word, where its class has its own
 AFFINITY, FAVOURITES = 0.8, 3   # see `prefer`
 LISTED_NAMES = 0.7              # share of names that are of the lexicon, where nothing is asked
 MAIN_CHARACTERS = "hero", "pal", "friend"
@@ -255,7 +254,7 @@ def draw(world, slots, rng, words=(), key="", taken=(), like=()):
     words: entries, each of which takes the first slot that it suits. key: of `prefer`. taken: words that the story has
     already. like: what was drawn for another story; a slot takes its word from there wherever the class is the same.
     """
-    values, parts_of_speech, used, pronouns, drawn = {}, {}, list(taken), {}, []
+    values, parts_of_speech, used, pronouns, drawn, met = {}, {}, list(taken), {}, [], []
     waiting = list(words)
     for slot, tables in slots.items():
         character = any(table["names"] for table in tables)
@@ -268,7 +267,8 @@ def draw(world, slots, rng, words=(), key="", taken=(), like=()):
                 table, entry, name = known[i]
             else:
                 leaning = values.get("hero", key) if character and i < 10 else ""
-                table = prefer(rng, tables, leaning, slot + " table")
+                others = [table for table in tables if not any(table is known for known in met)] or tables
+                table = prefer(rng, others, leaning, slot + " table")
                 entry = prefer(rng, table["entries"], leaning, slot) if leaning else draw_entry(table, rng)
                 name = table["names"] and draw_name(world["lexicon"][table["names"]]["entries"], rng, leaning,
                                                     slot + " name")
@@ -281,6 +281,7 @@ def draw(world, slots, rng, words=(), key="", taken=(), like=()):
         waiting = [other for other in waiting if other["word"] != entry["word"]]
         used += new
         drawn.append((table, entry, name))
+        met += [table] * character
         if character or "ta" in entry:
             pronouns[slot] = entry.get("ta", "他")
         values |= {f"{slot}.{column}": cell for column, cell in entry.items()}
@@ -319,8 +320,7 @@ def choose_scene(world, rng, word, values, talk, taken, before):
     if values["hero"] == word["word"]:
         name, slot = HERO, "hero"
     else:
-        name = ANY if word["class"] not in world["scenes"] or rng.random() < ANY_SCENE else word["class"]
-        slot = name
+        slot = name = word["class"] if word["class"] in world["scenes"] else ANY
     scenes = [scene for scene in world["scenes"][name] if (talk or not scene["speech"]) and scene not in before]
     word_first = [scene for scene in scenes if scene["text"].lstrip("“‘").startswith(f"{{{slot}}}")]
     scene = rng.choice(word_first if word_first and rng.random() < WORD_FIRST else scenes)
