@@ -416,7 +416,7 @@ def labels_of(text, summary, source, words, sentence, rng):
     there = {word: pos for word, pos in source["parts_of_speech"].items() if word in text}
     features = source["ending"]["features"] | ({"对话"} if has_dialogue(text) else set())
     if not sentence:
-        parts = [s for s in sentences(text) if s.count("“") == s.count("”")]
+        parts = [s for s in sentences(text) if s.count("“") == s.count("”") and text.count(s) == 1]
         sentence = rng.choice([s for s in parts if SENTENCE_CHARS[0] <= len(s) <= SENTENCE_CHARS[1]] or parts)
     in_text = {word: pos for word, pos in source["plot"]["in_text"].items() if word in text}
     return {"words": [word["word"] for word in words] or some_words(there | in_text, text, rng),

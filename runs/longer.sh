@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The longer recipe: three times as many stories as the main job has, one pass, and a table of what comes of it.
+# The longer recipe: four times as many stories as the main job has, one pass, and a table of what comes of it.
 #
 #     bash runs/longer.sh
 #     PYTHON=.venv/bin/python bash runs/longer.sh
