@@ -30,7 +30,7 @@ from common import (
 )
 from constraints import EACH_WORD, FEATURE, FEATURES, KEYS, SENTENCE, SUMMARY, WORDS, check, outcomes, render
 from data import builtin
-from data.judged import add_rivals, builtin_rows, checkable, read_rows
+from data.judged import RARE, add_rivals, builtin_rows, checkable, read_rows
 from dataset import by_length, encode_prompt, mean_loss
 from records import read_stories
 from sample import BEST_OF_TEMPERATURE, encode_request, generate_all, scores
@@ -41,9 +41,20 @@ BEST_OF = 4  # from so many stories an instruction on, the best of them is judge
 
 # ---- judging ----
 
+TRAINED, NEW = "见过的词", "没见过的词"  # of the words of built-in rows: whether labels of training stories have them
+
+
 def met(row, story, detect=None):
-    """Which constraints of the row the story meets, as `constraints.outcomes`."""
-    return outcomes(check(story, row["constraints"], row["rivals"], detect))
+    """Which constraints of the row the story meets, as `constraints.outcomes`; the words also by "trained_words", if
+    the row tells which of them these are."""
+    checked = check(story, row["constraints"], row["rivals"], detect)
+    by_name = outcomes(checked)
+    if "trained_words" in row:
+        for name, trained in ((TRAINED, True), (NEW, False)):
+            results = [ok for word, ok in checked.get(WORDS, {}).items() if (word in row["trained_words"]) == trained]
+            if results:
+                by_name[name] = results
+    return by_name
 
 
 def interval(groups, seed):
@@ -59,16 +70,17 @@ def interval(groups, seed):
 
 def obedience(rows, stories, seed, detect=None):
     """stories[i]: those of rows[i]. -> {"satisfied": {number of constraints: all of them met}, "everything": the same,
-    whatever their number, "by_kind": {constraint: met}, "unchecked_features": how many}. Of each row those constraints
-    count that can be checked."""
+    whatever their number, "by_kind": {constraint: met}, "unchecked_features": how many}. Rows with a feature that
+    cannot be checked do not count in "satisfied" and "everything"."""
     by_number, by_kind, unchecked = defaultdict(list), defaultdict(list), 0
     for row, own in zip(rows, stories):
         results = [met(row, story, detect) for story in own]
         keys = [key for key in results[0] if key in KEYS]
-        unchecked += sum(f"{FEATURE} {name}" not in results[0] for name in row["constraints"].get(FEATURE, []))
+        unknown = sum(f"{FEATURE} {name}" not in results[0] for name in row["constraints"].get(FEATURE, []))
+        unchecked += unknown
         for name in results[0]:
             by_kind[name].append([ok for result in results for ok in result[name]])
-        if keys:
+        if keys and not unknown:
             by_number[len(keys)].append([all(result[key][0] for key in keys) for result in results])
     return {
         "satisfied": {str(k): interval(by_number[k], seed) for k in sorted(by_number)},
@@ -220,8 +232,10 @@ def table(result):
     def number(name, form):
         return "–" if result[name] is None else format(result[name], form)
 
-    blocks = result["by_source"] or {f"{result['rows']} instructions": result}
-    kinds = [WORDS, EACH_WORD, SENTENCE, SUMMARY, *(f"{FEATURE} {name}" for name in FEATURES)]
+    sources = dict(result["by_source"])
+    rare = sources.pop(RARE, None)
+    blocks = sources or {f"{result['rows']} instructions": result}
+    kinds = [WORDS, EACH_WORD, TRAINED, NEW, SENTENCE, SUMMARY, *(f"{FEATURE} {name}" for name in FEATURES)]
     names = [("by_kind", kind, kind) for kind in kinds if kind in result["by_kind"]]
     names += [("satisfied", k, f"all of {k}") for k in result["satisfied"]]
     names += [(None, "everything", "everything")] if result["satisfied"] else []
@@ -232,8 +246,10 @@ def table(result):
     return "\n".join(line.rstrip() for line in [
         *lines, "",
         *(best(source, k) for source in blocks for k in blocks[source]["best_of"]),
-        f"left out: {result['left_out']} instructions that ask only for features no rule can tell; "
-        f"{result['unchecked_features']} such features of others",
+        f"left out: {result['left_out']} instructions with only features that no rule can tell; of \"all of k\" all "
+        f"with any ({result['unchecked_features']})",
+        *([f"words of rare characters, spelled in bytes: {rare['by_kind'][WORDS]['rate']:.0%} of "
+           f"{rare['by_kind'][WORDS]['n']}"] if rare else []),
         f"stories: {number('mean_chars', '.0f')} characters, {number('eos_rate', '.1%')} end with EOS; repeated "
         f"4-grams {number('rep4', '.1%')}, distinct 2-grams {number('distinct2', '.1%')}; "
         f"{result['seconds']:.0f} s",

@@ -21,7 +21,7 @@ IGNORE = -100  # the label of a token that is not supervised (prompt, padding)
 @dataclass
 class GPTConfig:
     block_size: int = 512  # longest context, in tokens
-    vocab_size: int = 4096
+    vocab_size: int = 6144
     n_layer: int = 6
     n_head: int = 4
     n_kv_head: int = 4  # fewer than n_head: grouped-query attention, several heads share a key and a value

@@ -130,7 +130,7 @@ def train_tokenizer(texts, vocab_size, of_grammar=False):
     of_grammar: the stories are the built-in ones, whose words are known."""
     fixed = [*PROMPT.format("").split(), *KEYS] * (1 + len(texts) // 10)
     if of_grammar:
-        texts = generate.segments(texts[-BUILTIN_TOKENIZER:], generate.load()[1])
+        texts = generate.segments(texts[-BUILTIN_TOKENIZER:])
     return tokenizers.train(fixed + texts, vocab_size)
 
 

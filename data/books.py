@@ -3,10 +3,11 @@
     python data/books.py --n 150000 --seed 1 --out out/data/books.jsonl
     python data/books.py --n 80000 --seed 1 --exercises --out out/data/exercises.jsonl
 
-A small model learns to copy from its context only where text repeats itself, and single stories give it little of that.
-So a text here may have a title, a list of its new words and a one-sentence retelling behind it, a second story about
-the same characters and things. There are no instructions in them: those are left to fine-tuning. The authored stories
-come in between. Exercises are texts in which nothing but copying pays: a line, and the same line again.
+A small model learns to use what stands before a text only where texts have something before them: a title, a list of
+words, a sentence to look for, a line that says what the text is about. Some of it stands behind the text instead. Short
+texts are made of scenes alone, so that there is more to copy in them; authored stories come in between. None of them
+has an instruction: those are left to fine-tuning. Exercises are texts in which nothing but copying pays: a line, and
+the same line again.
 """
 import random
 import sys
@@ -17,76 +18,127 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402
 
-import constraints  # noqa: E402
 from common import check_writable, command_line, fail, positive, seed_number, write_jsonl  # noqa: E402
-from data import generate  # noqa: E402
+from constraints import SENTENCE, SUMMARY, WORDS, sentences  # noqa: E402
+from data import generate, language  # noqa: E402
 
-TITLE, NEW_WORDS, RETOLD, SECOND = 0.5, 0.4, 0.6, 0.5  # probabilities; RETOLD: of a story with a list of new words
-AUTHORED = 0.01     # share of texts that are authored stories, in turn: 130 do not bear many repetitions
+# probabilities
+AUTHORED, SHORT = 0.05, 0.3                # texts that are authored stories; of the others, those of scenes alone
+NAMED = {WORDS: 0.9, SENTENCE: 0.6, SUMMARY: 0.35}     # what stands before or behind a text
+FIELD = {WORDS: "words", SENTENCE: "sentence", SUMMARY: "summary"}  # of a story record, and of books.toml
+TITLE, BEFORE, ELSEWHERE, SECOND = 0.3, 0.9, 0.05, 0.06
+STRANGE = {"words": 0.15, "characters": 0.15}    # sentences of scenes that no grammar makes
 EXERCISED = 2000    # stories whose sentences are read out in exercises
 AGAIN = 7           # times, at most, that an exercise repeats its line
-# a general list of characters, GB2312 level 1: 3,755 common ones, by rows 16 to 55 of its table
-CHARACTERS = bytes(byte for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF) for byte in (row, cell)).decode(
-    "gb2312", errors="ignore")
-
-
-def book(forms, plots, key, rng):
-    """-> a text of one or two stories."""
-    record, made = generate.compose(plots, random.Random(key))
-    parts = [record["text"]]
-    values = made["values"]
-    if "hero" in values and rng.random() < TITLE:
-        parts.insert(0, rng.choice(forms["title"]).format(hero=values["hero"], full=values["hero.full"],
-                                                          thing=values[made["plot"]["central"]]))
-    if rng.random() < NEW_WORDS:
-        parts.append(rng.choice(forms["new_words"]).format(words="、".join(record["words"])))
-        if rng.random() < RETOLD:
-            parts.append(rng.choice(forms["retold"]).format(summary=record["summary"]))
-    if rng.random() < SECOND:
-        second, _ = generate.compose(plots, random.Random(f"{key}-second"), like=made)
-        parts += ["", rng.choice(forms["next_story"]) + second["text"]]
-    return "\n".join(parts)
 
 
 def load():
-    """-> (plots, phrasings of books.toml). Raises ValueError for bad language files."""
-    _, plots = generate.load()
+    """-> (the world of language.py, phrasings of books.toml). Raises ValueError for bad language files."""
     path = generate.LANGUAGE / "books.toml"
-    forms = generate.read_toml(path)
-    generate.check(forms, path, dict.fromkeys(("title", "new_words", "retold", "next_story", "again"), list), {})
-    return plots, forms
+    forms = language.read_toml(path)
+    names = ("title", "words", "sentence", "summary", "elsewhere", "next_story", "again")
+    language.check_fields(forms, path, dict.fromkeys(names, list), {})
+    return language.load(), forms
+
+
+def around(text, labels, title, world, forms, rng, second=""):
+    """The text with lines before and behind it that name what is in it, and what is not. labels: {key: value} of what
+    is named; second: a story that comes after it."""
+    before, behind = [], []
+    if title and rng.random() < TITLE:
+        before.append(rng.choice(forms["title"]).format(n=rng.choice("一二三四五六七八九"), **title))
+    for key in rng.sample(list(labels), len(labels)):
+        value = labels[key]
+        name = FIELD[key]
+        value = rng.choice("、， ").join(value) if key == WORDS else value
+        (before if rng.random() < BEFORE else behind).append(rng.choice(forms[name]).format(**{name: value}))
+    if rng.random() < ELSEWHERE:
+        absent = [entry["word"] for entry in generate.asked_words(world, rng, rng.randint(1, 4))]
+        absent = [word for word in absent if word not in text + second]
+        if absent:
+            before.insert(rng.randint(0, len(before)), rng.choice(forms["elsewhere"]).format(words="、".join(absent)))
+    return "\n".join(before + [text] + behind)
+
+
+def story(world, forms, rng):
+    """A book of one story, now and then of two."""
+    named = [key for key in NAMED if rng.random() < NAMED[key]]
+    rng.shuffle(named)
+    record, source = generate.compose(world, rng, named)
+    values = source["values"]
+    title = {"hero": values["hero"], "full": values["hero.full"], "thing": values[source["plot"]["central"]]}
+    second = ""
+    if rng.random() < SECOND:
+        other, _ = generate.compose(world, rng, like=source)
+        second = "\n\n" + rng.choice(forms["next_story"]) + other["text"]
+    return around(record["text"], record["asked"], title, world, forms, rng, second) + second
+
+
+def strange_sentence(world, rng):
+    """Words in a row, characters at random; or else a sentence as in a fine-tuning story."""
+    of = rng.random()
+    if (of := of - STRANGE["words"]) < 0:
+        words = generate.asked_words(world, rng, rng.randint(2, 6))
+        return "".join(entry["word"] for entry in words) + rng.choice(generate.MARKS)
+    if (of := of - STRANGE["characters"]) < 0:
+        return "".join(rng.choices(generate.CHARACTERS, k=rng.randint(5, 14))) + rng.choice(generate.MARKS)
+    return generate.free_sentence(world, rng)
+
+
+def scenes(world, forms, rng):
+    """A short text: scenes, each of which brings in something that is named before or behind it, and a sentence."""
+    values, _, _ = generate.draw(world, {"hero": language.tables_of(world["lexicon"], "主角", "books.py")}, rng)
+    words = generate.asked_words(world, rng, rng.choice((0, 1, 2, 2, 3, 3, 4, 5)))
+    sentence = strange_sentence(world, rng) if not words or rng.random() < 0.6 else ""
+    used = []
+    parts = [generate.choose_scene(world, rng, word, values, True, [], used) for word in words]
+    parts = generate.introduce(parts, values["hero"], values["hero.full"])
+    if sentence:
+        parts.insert(rng.choice((0, len(parts))), sentence)
+    if rng.random() < 0.2:  # one that nothing names
+        parts.insert(rng.randint(0, len(parts)), strange_sentence(world, rng))
+    text = "".join(parts)
+    named = [word["word"] for word in words]
+    labels = ({WORDS: named} if named else {}) | ({SENTENCE: sentence} if sentence else {})
+    return around(text, labels, None, world, forms, rng)
 
 
 def texts(n, seed):
-    """Yield n books, made one by one. Raises ValueError for bad language files."""
-    plots, forms = load()
+    """Yield n books, made one by one, less the few in which a run of what models are judged by has come about. Raises
+    ValueError for bad language files."""
+    world, forms = load()
     rng = random.Random(f"books-{seed}")
-    authored = [record["text"] for record in generate.authored("train")]
+    authored = generate.authored("train")
     rng.shuffle(authored)
-    told = 0
+    turn = 0
     for i in range(n):
         if rng.random() < AUTHORED:
-            yield authored[told % len(authored)]
-            told += 1
+            record = authored[turn % len(authored)]
+            turn += 1
+            labels = {key: record[name] for key, name in FIELD.items() if rng.random() < NAMED[key]}
+            text = around(record["text"], labels, None, world, forms, rng)
         else:
-            yield book(forms, plots, f"{seed}-{i}", rng)
+            own = random.Random(f"{seed}-{i}")
+            text = (scenes if own.random() < SHORT else story)(world, forms, own)
+        if not generate.leaks(text):
+            yield text
 
 
-def lines(plots, rng):
+def lines(world, rng):
     """{kind of line: a function that draws one}: sentences of stories, words of the lexicon, characters at random."""
-    words = sorted({word for plot in plots for word in plot["slot_words"]})
-    sentences = [sentence for _ in range(EXERCISED)
-                 for sentence in constraints.sentences(generate.compose(plots, rng)[0]["text"])]
-    return {"sentences": lambda: "".join(rng.sample(sentences, rng.choice((1, 1, 2)))),
-            "words": lambda: "、".join(rng.sample(words, rng.randint(2, 10))),
-            "characters": lambda: "".join(rng.choices(CHARACTERS, k=rng.randint(4, 16)))}
+    some = [sentence for _ in range(EXERCISED) for sentence in sentences(generate.compose(world, rng)[0]["text"])]
+
+    def words():
+        return "、".join(entry["word"] for entry in generate.asked_words(world, rng, rng.randint(2, 9)))
+    return {"sentences": lambda: "".join(rng.sample(some, rng.choice((1, 1, 2)))), "words": words,
+            "characters": lambda: "".join(rng.choices(generate.CHARACTERS, k=rng.randint(4, 16)))}
 
 
 def exercises(n, seed):
     """Yield n exercises, as different kinds of lines in turn. Raises ValueError for bad language files."""
-    plots, forms = load()
+    world, forms = load()
     rng = random.Random(f"exercises-{seed}")
-    kinds = list(lines(plots, rng).values())
+    kinds = list(lines(world, rng).values())
     for i in range(n):
         line = kinds[i % len(kinds)]()
         yield "\n".join([line] + [rng.choice(forms["again"]) + line for _ in range(rng.randint(1, AGAIN))])
@@ -101,12 +153,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         check_writable(Path(args.out).parent)
-        made = (exercises if args.exercises else texts)(args.n, args.seed)
-        told = tqdm(made, total=args.n, unit="text", disable=None)
-        write_jsonl(args.out, ({"text": text} for text in told))
+        written = tqdm((exercises if args.exercises else texts)(args.n, args.seed), total=args.n, unit="text",
+                       disable=None)
+        texts_written = [{"text": text} for text in written]
+        write_jsonl(args.out, texts_written)
     except (ValueError, OSError) as e:
         fail(e)
-    print(f"{args.n} texts -> {args.out}")
+    print(f"{len(texts_written)} texts -> {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
-"""The built-in corpus: small Chinese stories with truthful labels, composed from the language files beside this script.
+"""The built-in corpus: small Chinese stories with truthful labels, each written for an instruction.
 
     python data/generate.py --n 20000 --seed 1 --out out/data/stories.jsonl --instructions out/data/instructions.json
 
-`lexicon.toml` holds words in classes, every file of `plots/` one plot; lexicon.toml and plots/lost.toml begin with an
-explanation of their format.
-A story is: a plot, one of its endings, one word for each slot, one phrasing for each beat. No word depends on another
-one, so a model that gets them right has copied them from its prompt. That is what the corpus is for, and why names
-and the central thing of a story recur (see `recurs`). More plots or words need no change here.
+The language files (language.py) hold words, plots, scenes and sentences. A story is drawn after its instruction: words
+of any kind and a sentence; then a plot with places for as many of them as possible, an ending, a phrasing for each
+beat. Each asked word fills a slot of the plot that suits its class; the others get a scene, a sentence or two that may
+stand between the beats of any plot. What is asked for comes early, mostly in the order asked: following the instruction
+is then the likeliest continuation, which a low temperature picks. No word follows from another one, so a model that
+gets them right has copied them from its prompt.
 """
 import functools
 import hashlib
 import json
+import math
 import random
 import re
 import sys
-import tomllib
 import zlib
-from itertools import combinations, count
+from itertools import combinations
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,376 +26,478 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from common import check_writable, command_line, fail, seed_number, write_jsonl  # noqa: E402
-from constraints import FEATURES, KEYS, has_dialogue, render, sentences  # noqa: E402
+from constraints import (  # noqa: E402
+    FEATURE,
+    FEATURES,
+    KEYS,
+    SENTENCE,
+    SUMMARY,
+    WORDS,
+    fold,
+    has_dialogue,
+    render,
+    sentences,
+)
+from data.language import ANY, HERO, LANGUAGE, Slot, load  # noqa: E402
 
-VERSION = 2                     # of what is written: another number when the same seed gives other stories
-LANGUAGE = ROOT / "data"        # the folder of lexicon.toml and plots/
-POS = ("noun", "verb", "adj")
-STORY_CHARS = 120, 400
-SUMMARY_CHARS = 15, 60
-SENTENCE_CHARS = 6, 30          # preferred length of the sentence that serves as 随机句子
+VERSION = 4                     # of the output: raise it when a seed gives different stories
+STORY_CHARS = {"short": (40, 380), "long": (120, 430)}   # by `length` of the plot
+LEAST_RECURRENCE = {"short": 2, "long": 3}
+SUMMARY_CHARS = 8, 60
+SENTENCE_CHARS = 5, 30          # of the sentence that serves as 随机句子
+DIALOGUE = 0.35                 # share of stories with features that are told for 对话, and begin with it
 TALK = 0.64                     # share of stories that may use phrasings with speech in them
-HELD_OUT = 400                  # one in so many pairs of slot words never occurs in a training story
-SLOT_WORDS = 0.75               # with --slot-words: share of stories whose words are slot words only
-TRIES = 1000                    # phrasings drawn anew until length and recurrence are right
-ALIKE = 20                      # of these, with the words of another story
+OPEN_PLOTS = 0.95               # share of stories that have an open plot
+TELLING = 0.9                   # share of asked summaries that name several things of the story, as a reader's do
+LEAK = 8                        # no training text shares so many characters in a row with what models are judged by
+ASKED_WORDS = 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5
+AUTHORED_SENTENCE = 0.15        # share of asked sentences that are of authored stories
+SPLICED = 0.8                   # share that is pieces of several sentences, which nothing but copying can tell
+MARKS = "。。。！！？"           # at their end
+MADE_UP = 0.08                  # share of asked words that are in no list
+PLOTS_SEEN = 20                 # plots drawn; one with room for most of what is asked is taken
+WORD_FIRST = 0.95               # share of scenes that begin with their word: to tell it is then no more than to copy it
+AFFINITY, FAVOURITES = 0.8, 3   # see `prefer`
+LISTED_NAMES = 0.7              # share of names that are of the lexicon, where nothing is asked
+MAIN_CHARACTERS = "hero", "pal", "friend"
+TOPICS = "东西", "大件", "车船", "吃的", "喝的", "植物", "动物", "人物", "地方"
+TRIES = 1000                    # before giving up on a story
+CLASSES = {  # what is asked for, by class: relative frequencies
+    "东西": 16, "吃的": 9, "动物": 10, "植物": 6, "地方": 11, "人物": 6, "大件": 5, "车船": 3, "喝的": 3, "天上": 5,
+    "材料": 3, "身体": 3, "声音": 3, "活动": 5, "想法": 6, "时间": 4, "动作": 8, "做": 5, "心里": 4, "变化": 4,
+    "样子": 10, "心情": 5, "性格": 5, "环境": 4, "怎样": 4, "响声": 2, "成语做": 1, "成语景": 1, "成语": 1, "其他": 3}
+# a general list of characters, GB2312 level 1: 3,755 common ones, by rows 16 to 55 of its table
+CHARACTERS = bytes(byte for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF) for byte in (row, cell)).decode(
+    "gb2312", errors="ignore")
+# of made-up names
+FIRST = "小阿大"
+SECOND = ("安白冰彩晨春丹冬朵帆方芳飞枫风歌光桂果海禾荷红虎花欢吉佳江金晶静菊军可兰乐雷梨力丽莲亮林铃玲柳龙露路"
+          "鹿麦满曼猫梅美米苗明鸣木南妮宁盼朋平苹齐奇琪琴青晴秋泉然蓉瑞森山珊杉石诗书霜水思松桃甜田童彤旺薇文舞雯"
+          "溪喜夏香祥晓笑心新星杏秀雪洋阳遥叶艺银英莹颖雨玉园圆远月悦云芸泽珍真芝志竹子紫")
 
 
 # -----------------------------------------------------------------------------
-# the language files; what is wrong in one is a ValueError that names file and entry
+# what is asked
 
-@functools.cache  # half a second, and many ask
-def load(folder=LANGUAGE):
-    """Read `folder`/lexicon.toml and `folder`/plots/*.toml -> (lexicon, plots). Raises ValueError."""
-    path = Path(folder) / "lexicon.toml"
-    lexicon = load_classes(read_toml(path), path)
-    plots = {}
-    for path in sorted(Path(folder, "plots").glob("*.toml")):
-        plot = load_plot(path, lexicon)
-        if plot["name"] in plots:
-            raise ValueError(f"{path}: duplicate plot name {plot['name']!r}")
-        plots[plot["name"]] = plot
-    if not plots:
-        raise ValueError(f"{Path(folder, 'plots')}: no plot files (*.toml)")
-    return lexicon, list(plots.values())
+@functools.cache
+def held_out_words():
+    """The words of the open classes that no training story has in a slot or a label, and that models are judged by."""
+    return frozenset(entry["word"] for table in load()["lexicon"].values() for entry in table.get("held_out", ()))
 
 
-def read_toml(path):
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+@functools.cache
+def trained_words():
+    """All words that labels of training stories may have."""
+    words = {entry["word"] for plot in load()["plots"] for table in plot["lexicon"].values() if table.get("pos")
+             for entry in table["entries"]}
+    return frozenset(words | {word for record in authored() for word in record["words"]})
 
 
-def check(table, where, needs, may):
-    """`needs` and `may`: {field: type}. No other field passes: a misspelt `features` would make labels false."""
-    if not isinstance(table, dict):
-        raise ValueError(f"{where}: is not a table")
-    for key in needs:
-        if not table.get(key):
-            raise ValueError(f"{where}: field {key!r} is missing or empty")
-    kinds = needs | may
-    for key, value in table.items():
-        if key not in kinds:
-            raise ValueError(f"{where}: unknown field {key!r}")
-        if not isinstance(value, kinds[key]):
-            raise ValueError(f"{where}: field {key!r} is not a {kinds[key].__name__}")
+@functools.cache
+def judged_runs():
+    """Every run of LEAK characters in a sentence or summary of the handwritten instructions."""
+    with open(LANGUAGE / "eval_instructions.jsonl", encoding="utf-8") as file:
+        texts = [text for line in file for text in json.loads(line)["constraints"].values() if isinstance(text, str)]
+    return frozenset(text[i:i + LEAK] for text in texts for i in range(len(text) - LEAK + 1))
 
 
-def load_classes(tables, path, lexicon=()):
-    """The classes of a file, beside those of `lexicon` -> {class: {"entries": [{"word": 帽子, "m": 顶, ...}], "pos",
-    "names", "in_text"}}, {class: {"of": [...]}} or {class: {"say": [...]}}."""
-    lexicon = dict(lexicon)
-    for name, table in tables.items():
-        where = f"{path}: [{name}]"
-        if name in lexicon:
-            raise ValueError(f"{where}: duplicate class name")
-        if isinstance(table, dict) and ("of" in table or "say" in table):
-            field = "of" if "of" in table else "say"
-            check(table, where, {field: list}, {})
-            if not all(isinstance(item, str) for item in table[field]):
-                raise ValueError(f"{where}: {field} must be a list of strings")
-            if any("“" in item for item in table[field]):
-                raise ValueError(f"{where}: a sentence with quotation marks (these stand in silent stories too)")
-            lexicon[name] = table
-            continue
-        same = {"pos": str, "form": str, "names": str, "in_text": bool}     # and any columns that all entries share
-        check(table, where, {"words": str}, dict.fromkeys(table, str) | same)
-        if table.get("pos", "noun") not in POS:
-            raise ValueError(f"{where}: pos must be one of {', '.join(POS)}")
-        columns = table.get("form", "word").split()
-        shared = {key: value for key, value in table.items() if key not in same and key != "words"}
-        entries = {}
-        for line in filter(str.strip, re.split("[,\n]", table["words"])):
-            entry = shared | dict(zip(columns, line.split()))
-            if len(line.split()) != len(columns) or not entry.get("word", "").isalpha():
-                raise ValueError(f"{where}: {line.strip()!r} does not have the form {' '.join(columns)!r}")
-            if entry["word"] in entries:
-                raise ValueError(f"{where}: duplicate word {entry['word']!r}")
-            entries[entry["word"]] = entry
-        lexicon[name] = {key: table.get(key) for key in same} | {"entries": list(entries.values())}
-    for name in tables:
-        for sentence in lexicon[name].get("say", ()):
-            if any("say" in lexicon.get(slot, ()) for slot in re.findall(r"\{([^{}]*)\}", sentence)):
-                raise ValueError(f"{path}: [{name}]: a sentence class within another, in {sentence!r}")
-        for other in lexicon[name].get("of", [lexicon[name].get("names")]):
-            if other is not None and "entries" not in lexicon.get(other, {}):
-                raise ValueError(f"{path}: [{name}]: unknown class {other!r}")
-    return lexicon
+def leaks(text):
+    return not judged_runs().isdisjoint(text[i:i + LEAK] for i in range(len(text) - LEAK + 1))
 
 
-class Slot(str):
-    """A place in a phrasing that a word fills: hero, thing.m, they."""
+def draw_entry(table, rng, held_out=False):
+    """An entry of a class. Open classes list common words first, and these are drawn more often. held_out: draw a
+    held-out word, else a training word."""
+    entries = table["held_out" if held_out else "entries"]
+    return entries[int(len(entries) * rng.random() ** 1.5)] if table["open"] else rng.choice(entries)
 
 
-def load_plot(path, lexicon):
-    """One plot file. Its beats become pairs of lists of phrasings: (those without speech, all), see `compiled`."""
-    plot = read_toml(path)
-    check(plot, path, {"name": str, "central": str, "slots": dict, "beat": list, "ending": list},
-          {"features": list, "class": dict})
-    everywhere, lexicon = lexicon, load_classes(plot.get("class", {}), path, lexicon)
-    slots = {slot: classes_of(lexicon, kind, f"{path}: slot {slot!r}") for slot, kind in plot["slots"].items()}
-    if plot["central"] not in slots:
-        raise ValueError(f"{path}: central {plot['central']!r} is not one of the slots")
-    columns, said = {}, [path.read_text(encoding="utf-8")]
-
-    def has(slot):
-        """Is there a word for this slot? A class that the plot does not declare becomes a slot of that name."""
-        name, _, column = slot.partition(".")
-        if name not in slots and name in lexicon:
-            slots[name] = classes_of(lexicon, name, path)
-        if name in slots and name not in columns:
-            columns[name] = set.intersection(*(set(entry) | ({"kind", "full"} if table["names"] else set())
-                                               for table in slots[name] for entry in table["entries"]))
-        return slot == "they" or (name in columns and (not column or column in columns[name]))
-
-    def compiled(text, where):
-        """"一{thing.m}{thing}{呢|呀}" -> ["一", Slot("thing.m"), "", Slot("thing"), "", ["呢", "呀"], ""].
-
-        A list is a choice: of strings, or of the compiled sentences of a class that has `say`. A slot that the plot
-        does not declare is a class of the lexicon; it is added to `slots`.
-        """
-        parts = re.split(r"\{([^{}]*)\}", text)
-        if "{" in "".join(parts[::2]) or "}" in "".join(parts[::2]):
-            raise ValueError(f"{where}: a brace without its partner")
-        for i in range(1, len(parts), 2):
-            if "|" in parts[i]:
-                parts[i] = parts[i].split("|")
-            elif "say" in lexicon.get(parts[i], ()):
-                name = parts[i]
-                said.extend(lexicon[name]["say"])
-                parts[i] = [compiled(sentence, f"{where}: {{{name}}}, sentence {j}")
-                            for j, sentence in enumerate(lexicon[name]["say"], 1)]
-            elif has(parts[i]):
-                parts[i] = Slot(parts[i])
-            else:
-                raise ValueError(f"{where}: unknown slot {{{parts[i]}}}")
-        return parts
-
-    def phrasings(texts, where):
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{where}: must be a list of phrasings")
-        return [compiled(text, f"{where}, phrasing {i}") for i, text in enumerate(texts, 1)]
-
-    def beat(texts, where):
-        parts = phrasings(texts, where)
-        silent = [part for part, text in zip(parts, texts) if "“" not in text]
-        if not silent:
-            raise ValueError(f"{where}: needs a phrasing without quotation marks")
-        return silent, parts
-
-    def features(table, where):
-        for feature in table.get("features", []):
-            if feature not in FEATURES or feature == "对话":      # 对话 is seen in the text, not declared
-                raise ValueError(f"{where}: unknown feature {feature!r}")
-        return set(table.get("features", []))
-
-    endings = {}
-    for i, table in enumerate(plot["ending"], 1):
-        where = f"{path}: ending {i}"
-        check(table, where, {"name": str, "say": list, "summary": list}, {"features": list})
-        if table["name"] in endings:
-            raise ValueError(f"{where}: duplicate ending name {table['name']!r}")
-        endings[table["name"]] = {
-            "name": table["name"],
-            "features": features(plot, path) | features(table, where),
-            "beats": [(False, beat(say, f"{where}, say {j}")) for j, say in enumerate(table["say"], 1)],
-            "summary": phrasings(table["summary"], f"{where}, summary")}
-    common = []
-    for i, table in enumerate(plot["beat"], 1):
-        where = f"{path}: beat {i}"
-        check(table, where, {"say": list}, {"only": list, "optional": bool})
-        for key in table.get("only", []):
-            if key not in endings:
-                raise ValueError(f"{where}: unknown ending {key!r} in only")
-        common.append((table.get("only", endings), (table.get("optional", False), beat(table["say"], where))))
-    for key, ending in endings.items():      # what is told of a story with this ending, from first to last
-        ending["beats"] = [told for only, told in common if key in only] + ending["beats"]
-    text = "\n".join(said)
-    running = {entry["word"]: group["pos"] for group in lexicon.values() if group.get("in_text")
-               for entry in group["entries"] if entry["word"] in text}
-    slot_words, shared_words = ([entry["word"] for group in classes.values() if group.get("pos")
-                                 and not group.get("in_text") for entry in group["entries"]]
-                                for classes in (lexicon, everywhere))
-    return {"path": path, "name": plot["name"], "central": plot["central"], "slots": slots, "lexicon": lexicon,
-            "endings": list(endings.values()), "running": running, "slot_words": slot_words,
-            "shared_words": shared_words}
+def asked_words(world, rng, n, held_out=False):
+    """n entries of words to ask for, none of which contains another."""
+    words = []
+    classes = {name: share for name, share in CLASSES.items() if not held_out or world["lexicon"][name]["held_out"]}
+    while len(words) < n:
+        if not held_out and rng.random() < MADE_UP:
+            entry = {"word": "".join(rng.choices(CHARACTERS, k=rng.choice((2, 2, 3)))), "class": ""}
+        else:
+            name, = rng.choices(list(classes), classes.values())
+            entry = draw_entry(world["lexicon"][name], rng, held_out)
+        if not clashes(entry["word"], [other["word"] for other in words]):
+            words.append(entry)
+    return words
 
 
-def classes_of(lexicon, kind, where):
-    if not isinstance(kind, str) or "say" in lexicon.get(kind, {"say": 0}):
-        raise ValueError(f"{where}: unknown class {kind!r}")
-    return [lexicon[name] for name in lexicon[kind].get("of", [kind])]
+def clashes(word, others):
+    """Is the word equal to, inside, or around one of the others? Labels and counts could then be wrong. A word of one
+    character may be part of a longer one."""
+    return any(word == other or min(len(word), len(other)) > 1 and (word in other or other in word) for other in others)
+
+
+@functools.cache
+def nouns():
+    """{word: entry} of what a plot may be about."""
+    return {entry["word"]: entry for name in TOPICS for entry in load()["lexicon"][name]["entries"]
+            if len(entry["word"]) > 1}
+
+
+def words_in(sentence):
+    """The entries of the nouns in a sentence, the longest first where one is within another."""
+    entries, end = [], 0
+    for start in range(len(sentence)):
+        for stop in range(min(len(sentence), start + 5), start + 1, -1):
+            if start >= end and sentence[start:stop] in nouns():
+                entries.append(nouns()[sentence[start:stop]])
+                end = stop
+    return entries
+
+
+@functools.cache
+def authored_sentences():
+    """Sentences of authored training stories that can stand in any story."""
+    return [s for record in authored("train") for s in sentences(record["text"])
+            if 8 <= len(s) <= 28 and not re.search("[“”他她它你我]", s) and not leaks(s)]
+
+
+def free_sentence(world, rng, held_out=False):
+    """A sentence that belongs to no plot; if not held_out, often one that no grammar makes: a model that can tell from
+    its beginning how a sentence ends learns that, and does not copy."""
+    if not held_out and rng.random() < SPLICED:
+        return spliced(world, rng)
+    if not held_out and rng.random() < AUTHORED_SENTENCE:
+        return rng.choice(authored_sentences())
+    return plain_sentence(world, rng)
+
+
+def plain_sentence(world, rng):
+    """A sentence of the grammar."""
+    while True:
+        phrasing = rng.choice(world["sentences"])
+        text = fill(choose(phrasing["parts"], rng), draw(world, phrasing["slots"], rng)[0])
+        if SENTENCE_CHARS[0] <= len(text) <= SENTENCE_CHARS[1] and not leaks(text):
+            return text
+
+
+def spliced(world, rng):
+    """A sentence of pieces of one to four, with another mark at its end."""
+    while True:
+        n = rng.choice((1, 1, 1, 2, 2, 2, 3, 3, 4))
+        pieces = []
+        for i in range(n):
+            whole = rng.choice(authored_sentences()) if rng.random() < 0.5 else plain_sentence(world, rng)
+            whole = re.sub("[。！？…]", "", whole)
+            length = len(whole) if n == 1 else rng.randint(2, 18 // n + 2)
+            start = rng.randint(0, max(0, len(whole) - length)) if i else 0
+            pieces.append(whole[start:start + length].strip("，、："))
+        text = "".join(pieces) + rng.choice(MARKS)
+        if SENTENCE_CHARS[0] <= len(text) <= SENTENCE_CHARS[1] and not leaks(text):
+            return text
 
 
 # -----------------------------------------------------------------------------
-# one story
+# words into phrasings
 
-def chosen(parts, rng):
+def prefer(rng, options, key, what):
+    """One of the options, usually one of the few tied to `key`, the first character asked for. Without this, all
+    stories would begin alike at a low temperature: nothing else favours one hero over another."""
+    if key and rng.random() < AFFINITY:
+        return options[zlib.crc32(f"{key} {what} {rng.randrange(FAVOURITES)}".encode()) % len(options)]
+    return rng.choice(options)
+
+
+def choose(parts, rng):
     """A compiled phrasing with all its choices made: a list of strings and Slots."""
-    made = []
+    chosen = []
     for part in parts:
         if isinstance(part, list):
             part = rng.choice(part)
-        made += chosen(part, rng) if isinstance(part, list) else [part]
-    return made
-
-
-def draw(plot, slots, rng, like=()):
-    """One entry for each of these slots -> ({"hero": 豆豆, "hero.kind": 小兔, "hero.m": 只, ...}, {小兔: noun, ...},
-    [(class, entry, name or None)]: what was drawn).
-
-    No two words of a story are alike or one inside the other: labels and counts would lie. like: what was drawn for
-    another story; a slot takes its word from there wherever the class is the same.
-    """
-    values, words, used, pronouns, drawn = {}, {}, [], [], []
-    for slot, tables in plot["slots"].items():
-        if slot not in slots:
-            continue
-        known = [other for other in like if other not in drawn and any(other[0] is table for table in tables)]
-        for i in range(TRIES):
-            if i < len(known):
-                table, entry, name = known[i]
-            else:
-                table = rng.choice(tables)
-                entry = rng.choice(table["entries"])
-                name = rng.choice(plot["lexicon"][table["names"]]["entries"])["word"] if table["names"] else None
-            new = [entry["word"]] + [name] * bool(name)
-            if not any(a in b or b in a for a in new for b in used):
-                break
-        else:
-            raise ValueError(f"{plot['path']}: slot {slot!r}: its class has no word that the story does not have yet")
-        used += new
-        drawn.append((table, entry, name))
-        if table["names"]:
-            pronouns.append(entry.get("ta", "他"))
-        if table["pos"]:
-            words[entry["word"]] = table["pos"]
-        values |= {f"{slot}.{column}": cell for column, cell in entry.items()}
-        values[slot] = new[-1]
-        values[slot + ".kind"] = entry["word"]
-        values[slot + ".full"] = "".join(new)
-    two = set(pronouns[:2])             # the first two characters: 她们, 它们, and 他们 for any mixture
-    values["they"] = (two.pop() if len(two) == 1 else "他") + "们"
-    return values, words, drawn
+        chosen += choose(part, rng) if isinstance(part, list) else [part]
+    return chosen
 
 
 def fill(parts, values):
     return "".join(values[part] if isinstance(part, Slot) else part for part in parts)
 
 
+def slots_in(parts):
+    return {part.partition(".")[0] for part in parts if isinstance(part, Slot)}
+
+
+@functools.cache
+def all_words():
+    return frozenset(word for table in load()["lexicon"].values() for word in table.get("by_word", ()))
+
+
+def draw_name(names, rng, key, what):
+    """A name of the list `names`, or a made-up one: 小葵, 乐乐, 阿宁. No word passes for a name."""
+    if key or rng.random() < LISTED_NAMES:
+        return prefer(rng, names, key, what)["word"]
+    while True:
+        first, second = rng.choice(FIRST), rng.choice(SECOND)
+        name = rng.choice((first + second, second * 2))
+        if name not in all_words():
+            return name
+
+
+class Crowded(ValueError):
+    """The words that a story has already leave no other one for a slot."""
+
+
+def suits(table, entry):
+    """Can this asked word fill a slot of the table? Never where the characters have names."""
+    return not table["names"] and entry["word"] in table["by_word"]
+
+
+def draw(world, slots, rng, words=(), key="", taken=(), like=()):
+    """An entry for each slot -> ({"hero": 豆豆, "hero.kind": 小兔, "hero.m": 只, …}, {小兔: noun, …}, [(table, entry,
+    name or None)]: what was drawn). No two words of a story clash.
+
+    words: entries, each of which takes the first slot that it suits. key: of `prefer`. taken: words that the story has
+    already. like: what was drawn for another story; a slot takes its word from there wherever the class is the same.
+    """
+    values, parts_of_speech, used, pronouns, drawn, met = {}, {}, list(taken), {}, [], []
+    waiting = list(words)
+    for slot, tables in slots.items():
+        character = any(table["names"] for table in tables)
+        asked = next(((table, table["by_word"][entry["word"]], None) for entry in waiting for table in tables
+                      if suits(table, entry)), None)
+        known = [asked] if asked else [other for other in like if other not in drawn
+                                       and any(other[0] is table for table in tables)]
+        for i in range(TRIES):
+            if i < len(known):
+                table, entry, name = known[i]
+            else:
+                leaning = values.get("hero", key) if character and i < 10 else ""
+                others = [table for table in tables if not any(table is known for known in met)] or tables
+                table = prefer(rng, others, leaning, slot + " table")
+                entry = prefer(rng, table["entries"], leaning, slot) if leaning else draw_entry(table, rng)
+                name = table["names"] and draw_name(world["lexicon"][table["names"]]["entries"], rng, leaning,
+                                                    slot + " name")
+            new = [entry["word"]] + [name] * bool(name)
+            others = [other["word"] for other in waiting if other["word"] != entry["word"]]
+            if not any(clashes(word, used + others) for word in new):
+                break
+        else:
+            raise Crowded(f"slot {slot!r}: its class has no word that the story does not have yet")
+        waiting = [other for other in waiting if other["word"] != entry["word"]]
+        used += new
+        drawn.append((table, entry, name))
+        met += [table] * character
+        if character or "ta" in entry:
+            pronouns[slot] = entry.get("ta", "他")
+        values |= {f"{slot}.{column}": cell for column, cell in entry.items()}
+        values[slot] = name or entry["word"]
+        values[slot + ".kind"] = entry["word"]
+        # 小男孩小明, or just 小明; the same name always in the same way
+        alone = name and table["name_alone"] and zlib.crc32(name.encode()) % 2
+        values[slot + ".full"] = name if alone else entry["word"] + (name or "")
+        if table["pos"] and not alone:
+            parts_of_speech[entry["word"]] = table["pos"]
+    # of the first two characters: 她们, 它们, and 他们 for any mixture
+    two = {pronouns[slot] for slot in sorted(pronouns, key=lambda slot: slot not in MAIN_CHARACTERS)[:2]}
+    values["they"] = (two.pop() if len(two) == 1 else "他") + "们"
+    return values, parts_of_speech, drawn
+
+
+# -----------------------------------------------------------------------------
+# one story
+
+def choose_plot(world, rng, words, key, like=None):
+    """A plot with slots for many of the words: the best of a few."""
+    of_open = rng.random() < OPEN_PLOTS
+    plots = [p for p in world["plots"] if p["open"] == of_open and not (like and p is like["plot"])]
+    if not words:
+        return prefer(rng, plots, key, "plot")
+
+    def room(plot):
+        tables = [table for tables in plot["slots"].values() for table in tables]
+        return sum(any(suits(table, word) for table in tables) for word in words)
+    return max(rng.sample(plots, PLOTS_SEEN), key=room)
+
+
+def choose_scene(world, rng, word, values, talk, taken, before):
+    """The text of a scene that brings in the word. values: of the story; taken: words that the scene's other slots must
+    keep clear of; before: the scenes that the story has, to which this one is added."""
+    if values["hero"] == word["word"]:
+        name, slot = HERO, "hero"
+    else:
+        slot = name = word["class"] if word["class"] in world["scenes"] else ANY
+    scenes = [scene for scene in world["scenes"][name] if (talk or not scene["speech"]) and scene not in before]
+    word_first = [scene for scene in scenes if scene["text"].lstrip("“‘").startswith(f"{{{slot}}}")]
+    scene = rng.choice(word_first if word_first and rng.random() < WORD_FIRST else scenes)
+    before.append(scene)
+    slots = {other: tables for other, tables in scene["slots"].items() if other not in ("hero", slot)}
+    own, _, _ = draw(world, slots, rng, taken=taken)
+    own |= {slot: word["word"]} | {f"{slot}.{column}": cell for column, cell in word.items()}
+    own |= {other: value for other, value in values.items() if other.partition(".")[0] == "hero"}
+    return fill(choose(scene["parts"], rng), own)
+
+
+def length(plot):
+    return "short" if plot["open"] else "long"
+
+
 def recurs(text, plot, values):
-    """Names and the central word occur three times, or the model has nothing to learn copying from."""
+    """Do the names and the central word recur? Otherwise there is nothing to learn copying from."""
+    least = LEAST_RECURRENCE[length(plot)]
     named = [slot for slot in plot["slots"] if slot in values and values[slot] != values[slot + ".kind"]]
-    return (text.count(values[plot["central"]]) >= 3
-            and all(text.count(values[slot]) >= 3 for slot in named if values[slot] in text))
+    return (text.count(values[plot["central"]]) >= least
+            and all(text.count(values[slot]) >= least for slot in named if values[slot] in text))
 
 
-def segments(texts, plots):
-    """Texts cut at the lexicon's words and at punctuation, for the tokenizer: no piece then crosses the edge of a word,
-    and a word has the same pieces in a prompt and in a story."""
-    words = {entry["word"] for plot in plots for table in plot["lexicon"].values() if "entries" in table
-             for entry in table["entries"]}
-    edge = re.compile("(" + "|".join(map(re.escape, sorted(words, key=len, reverse=True))) + "|[，。！？：、《》“”])")
-    return [part for text in texts for part in edge.split(text) if part]
-
-
-def held_out_pair(words, text):
-    """The first pair of these slot words that is held out and occurs in the text, or None. A pair's hash decides."""
-    there = sorted(word for word in words if word in text)
-    return next((pair for pair in combinations(there, 2) if zlib.crc32("，".join(pair).encode()) % HELD_OUT == 0), None)
-
-
-def some_words(found, text, rng):
+def some_words(there, text, rng):
     """Two or three of the {word: pos} in text, of different parts of speech if possible; more often what recurs."""
-    words = [word for word in found for _ in range(min(text.count(word), 3))]
+    words = [word for word in there for _ in range(min(text.count(word), 3))]
     rng.shuffle(words)
     words = list(dict.fromkeys(words))
-    rank = {word: [found[other] for other in words[:i]].count(found[word]) for i, word in enumerate(words)}
-    return sorted(words, key=rank.get)[:rng.choice((2, 3))]     # the first noun, verb, adjective; then the second ...
+    rank = {word: [there[other] for other in words[:i]].count(there[word]) for i, word in enumerate(words)}
+    some, number = [], rng.choice((2, 3))
+    for word in sorted(words, key=rank.get):     # the first noun, verb, adjective; then the second …
+        if len(some) < number and not clashes(word, some):
+            some.append(word)
+    return some
 
 
-def compose(plots, rng, held_out=False, like=None):
-    """A story record without its id, and what it was made from: {"plot", "ending", "values", "words", "drawn", "told",
-    "sentences"}; its "words": {word: part of speech} of the slots, its "sentences": those that can be 随机句子.
-    ValueError if a plot cannot be told.
+def tell(world, rng, words, sentence, key, talk, dialogue, telling=False, like=None):
+    """One try at a story with these words and this sentence -> its text, its summary and what it was made from, whether
+    or not it turned out well.
 
-    held_out: a story with a pair of slot words that no training story has, and that pair as its `words`. like: what
-    another story was made from; this one is of another plot, about the same things where it can be.
+    The sentence comes first, then a scene for each word, in the order asked. Then the plot is told, with what is asked,
+    and what the sentence is about, in its slots.
     """
-    plot = rng.choice([p for p in plots if not like or p is not like["plot"]])
+    named = words + words_in(sentence)
+    plot = choose_plot(world, rng, named, key, like)
     ending = rng.choice(plot["endings"])
-    talk = rng.random() < TALK
+    phrasings = [beat[talk] for optional, beat in ending["beats"] if not (optional and rng.random() < 0.5)]
+    if dialogue:  # where that is asked for, the plot begins with it
+        phrasings[0] = list(filter(speaks, phrasings[0])) or phrasings[0]
+    beats = [choose(rng.choice(some), rng) for some in phrasings]
+    summaries = ending["summary"]
+    if telling and rng.random() < TELLING:  # from a moral no one can tell the story
+        summaries = [summary for summary in summaries if len(slots_in(summary)) > 1] or summaries
+    summary = choose(rng.choice(summaries), rng)
+    used = {"hero"}.union(*map(slots_in, beats), slots_in(summary), {plot["central"]})
+    slots = {slot: tables for slot, tables in plot["slots"].items() if slot in used}
+    woven = [word for word in named if any(suits(table, word) for tables in slots.values() for table in tables)]
+    values, parts_of_speech, drawn = draw(world, slots, rng, woven, key, [word["word"] for word in words
+                                                                          if word not in woven],
+                                          like["drawn"] if like else ())
+    taken = [word for _, entry, name in drawn for word in (entry["word"], name) if word] + [w["word"] for w in words]
+    scenes = []
+    opening = [choose_scene(world, rng, word, values, talk, taken, scenes) for word in words]
+    text = introduce([*opening, *(fill(beat, values) for beat in beats)], values["hero"], values["hero.full"])
+    return sentence + "".join(text), fill(summary, values), {
+        "plot": plot, "ending": ending, "beats": beats, "values": values, "parts_of_speech": parts_of_speech,
+        "drawn": drawn}
+
+
+def speaks(parts):
+    """Has this compiled phrasing speech in it, whatever is chosen?"""
+    return any("“" in part for part in parts if isinstance(part, str))
+
+
+def introduce(parts, name, full):
+    """The parts of a story, with the hero introduced, as `full`, where they first have the name, and only there."""
+    parts = [part.replace(full, name) for part in parts]
+    first = next((i for i, part in enumerate(parts) if name in part), None)
+    return [part.replace(name, full, 1) if i == first else part for i, part in enumerate(parts)]
+
+
+def sound(text, summary, source, words):
+    """Is this story worth keeping? Right length, no repeated sentence, everything in it that must be."""
+    low, high = STORY_CHARS[length(source["plot"])]
+    parts = list(map(fold, sentences(text)))
+    return (low <= len(text) <= high and SUMMARY_CHARS[0] <= len(summary) <= SUMMARY_CHARS[1] and summary not in text
+            and len(set(parts)) == len(parts) and recurs(text, source["plot"], source["values"])
+            and all(word["word"] in text for word in words) and not leaks(text) and not leaks(summary))
+
+
+def labels_of(text, summary, source, words, sentence, rng):
+    """The labels of a story, all of them true: {"words", "features", "sentence", "summary"}."""
+    there = {word: pos for word, pos in source["parts_of_speech"].items() if word in text}
+    features = source["ending"]["features"] | ({"对话"} if has_dialogue(text) else set())
+    if not sentence:
+        parts = [s for s in sentences(text) if s.count("“") == s.count("”") and text.count(s) == 1]
+        sentence = rng.choice([s for s in parts if SENTENCE_CHARS[0] <= len(s) <= SENTENCE_CHARS[1]] or parts)
+    in_text = {word: pos for word, pos in source["plot"]["in_text"].items() if word in text}
+    return {"words": [word["word"] for word in words] or some_words(there | in_text, text, rng),
+            "features": [feature for feature in FEATURES if feature in features], "sentence": sentence,
+            "summary": summary}
+
+
+def compose(world, rng, asked=(), held_out=False, telling=False, like=None):
+    """A story record without its id, and what it was made from: {"plot", "ending", "beats", "values",
+    "parts_of_speech", "drawn"}.
+
+    asked: the keys of its instruction, in order; 词汇 and 随机句子 are drawn before the story. The record's "asked" are
+    the constraints. held_out: the words are of `held_out_words`. telling: the summary names several things. like: what
+    another story was made from; this one is of another plot, about the same things where it can be. ValueError if a
+    plot cannot be told.
+    """
+    words = asked_words(world, rng, rng.choice(ASKED_WORDS), held_out) if WORDS in asked else []
+    sentence = free_sentence(world, rng, held_out) if SENTENCE in asked else ""
+    first = {WORDS: words and words[0]["word"], SENTENCE: sentence}
+    key = next((first[k][0] for k in asked if first.get(k)), "")
+    dialogue = FEATURE in asked and rng.random() < DIALOGUE
+    talk = dialogue or rng.random() < TALK
     for i in range(TRIES):
-        told = [part for optional, beat in ending["beats"] if not (optional and rng.random() < 0.5)
-                for part in chosen(rng.choice(beat[talk]), rng)]
-        summed_up = chosen(rng.choice(ending["summary"]), rng)
-        slots = {part.partition(".")[0] for part in told + summed_up if isinstance(part, Slot)}
-        values, words, drawn = draw(plot, slots | {plot["central"]}, rng, like["drawn"] if like and i < ALIKE else ())
-        text, summary = fill(told, values), fill(summed_up, values)
-        once = [s for s in sentences(text) if text.count(s) == 1 and s.count("“") == s.count("”")]
-        if (STORY_CHARS[0] <= len(text) <= STORY_CHARS[1] and SUMMARY_CHARS[0] <= len(summary) <= SUMMARY_CHARS[1]
-                and summary not in text and once and recurs(text, plot, values)):
-            # of words that every plot knows, so that every plot keeps them apart
-            pair = held_out_pair(set(plot["shared_words"]) & set(words) if held_out else plot["slot_words"], text)
-            if bool(pair) == held_out:
+        try:
+            text, summary, source = tell(world, rng, words, sentence, key, talk, dialogue, telling,
+                                         like if i < 20 else None)
+        except Crowded:
+            continue
+        if sound(text, summary, source, words):
+            labels = labels_of(text, summary, source, words, sentence, rng)
+            if labels["features"] or FEATURE not in asked:
                 break
     else:
-        raise ValueError(f"{plot['path']}: ending {ending['name']!r}: {TRIES} tries gave no story of {STORY_CHARS[0]} "
-                         f"to {STORY_CHARS[1]} characters with each name and {plot['central']!r} three times in it")
-    fitting = [s for s in once if SENTENCE_CHARS[0] <= len(s) <= SENTENCE_CHARS[1]] or once
-    true = ending["features"] | ({"对话"} if has_dialogue(text) else set())
-    record = {"text": text, "words": list(pair or some_words(words | plot["running"], text, rng)),
-              "features": [feature for feature in FEATURES if feature in true],
-              "sentence": rng.choice(fitting), "summary": summary}
-    return record, {"plot": plot, "ending": ending["name"], "values": values, "words": words, "drawn": drawn,
-                    "told": told, "sentences": fitting}
+        asked_for = "，".join(word["word"] for word in words) or "no word"
+        raise ValueError(f"{TRIES} tries gave no story that has {asked_for} and {sentence!r}")
+    others = [feature for feature in labels["features"] if feature != "对话"]
+    some = rng.sample(others, min(len(others), rng.choice((1, 1, 1, 2, 2, 3))))
+    if "对话" in labels["features"] and (dialogue or not others or held_out):
+        some = ["对话"] if held_out else ["对话", *some[1:]]  # it is the one that a rule can tell
+    ask = {WORDS: labels["words"], FEATURE: some, SENTENCE: labels["sentence"], SUMMARY: summary}
+    return {"text": text} | labels | {"asked": {key: ask[key] for key in asked}}, source
 
 
 # -----------------------------------------------------------------------------
 # many stories, and instructions for them
 
-def stories(n, seed, folder=LANGUAGE, held_out=False, slot_words=False, more_sentences=False):
-    """n story records, made one by one: text, words, features, sentence, summary, story_id. Raises ValueError.
+COMBINATIONS = [kinds for k in range(1, len(KEYS) + 1) for kinds in combinations(KEYS, k)]
+# each of them as often as makes every number of constraints equally frequent
+BY_NUMBER = [kinds for kinds in COMBINATIONS for _ in range(12 // math.comb(len(KEYS), len(kinds)))]
+
+
+def stories(n, seed, folder=LANGUAGE, held_out=False):
+    """n story records, made one by one: text, words, features, sentence, summary, asked, story_id. Raises ValueError.
 
     Story i depends on (seed, i) only, so fewer stories are the beginning of more; texts seen before are passed over.
-    slot_words: the same stories, but the words of most are two to all of those that fill their slots. Nothing else in
-    a story tells these words, so they teach copying; a word that belongs to a phrasing can be guessed.
-    more_sentences: the same stories, but as `sentence` one to half of the sentences that can be it, in any order.
+    The 15 combinations of constraints are asked for in turn. held_out: stories to judge by, as many with one, two,
+    three and four constraints: the asked words are in no training slot or label, sentences from outside the plot new.
     """
     if n < 1:
         raise ValueError(f"--n {n}: must be at least 1")
-    # bad files are reported by the call, not by the first story
-    return _stories(n, seed, load(folder)[1], held_out, slot_words, more_sentences)
+    world = load(folder)     # bad files are reported by the call, not by the first story
+    for name in CLASSES:
+        if not world["lexicon"].get(name, {}).get("open"):
+            raise ValueError(f"{Path(folder, 'words.toml')}: no open class {name!r}")
+    return _stories(n, seed, world, held_out)
 
 
-def _stories(n, seed, plots, held_out, slot_words, more_sentences):
-    seen = set()
-    for i in count():
+def _stories(n, seed, world, held_out):
+    seen, i, turns = set(), -1, BY_NUMBER if held_out else COMBINATIONS
+    while len(seen) < n:
+        i += 1
         rng = random.Random(f"{seed}-{i}")
-        try:
-            record, made = compose(plots, rng, held_out)
-        except ValueError:
-            if held_out and i < 100 + 10 * len(seen):   # an ending with few words that all plots know has no such pair
-                continue
-            raise
+        kinds = turns[i % len(turns)]
+        record, _ = compose(world, rng, rng.sample(kinds, len(kinds)), held_out, telling=True)
         key = hashlib.blake2b(record["text"].encode(), digest_size=12).digest()
         if key in seen:
             if i > 100 + 10 * len(seen):
                 raise ValueError(f"--n {n}: the plots have only about {len(seen)} different stories")
             continue
         seen.add(key)
-        if slot_words and rng.random() < SLOT_WORDS:
-            filling = [word for word in made["words"] if word in record["text"]]
-            if len(filling) > 1:
-                record["words"] = rng.sample(filling, rng.randint(2, len(filling)))
-        if more_sentences:
-            some = rng.sample(made["sentences"], rng.randint(1, max(1, len(made["sentences"]) // 2)))
-            if sentences("".join(some)) == some:    # “好。” before “走！”他说。 would read as one
-                record["sentence"] = "".join(some)
         yield record | {"story_id": f"builtin-{seed}-{i}"}
-        if len(seen) == n:
-            return
 
 
 def authored(split=None):
@@ -405,21 +508,34 @@ def authored(split=None):
 
 
 def instructions(records, seed):
-    """Yield one instruction record a story record, the 15 combinations of constraint kinds equally often."""
+    """Yield one instruction record a story record: what it was written for, or else, of an authored one, a part of its
+    labels, the 15 combinations of constraint kinds equally often."""
     rng = random.Random(f"instructions-{seed}")
-    given = {kinds: 0 for k in range(1, len(KEYS) + 1) for kinds in combinations(KEYS, k)}
+    given = dict.fromkeys(COMBINATIONS, 0)
     for record in records:
-        available = {
-            "词汇": rng.sample(record["words"], len(record["words"])),
-            "特点": rng.sample(record["features"], min(len(record["features"]), rng.choice((1, 1, 1, 2, 2, 2, 3, 6)))),
-            "摘要": record["summary"], "随机句子": record["sentence"]}
-        possible = [kinds for kinds in given if all(available[key] for key in kinds)]
-        least = min(given[kinds] for kinds in possible)     # a story without features cannot have 特点; others catch up
-        kinds = rng.choice([kinds for kinds in possible if given[kinds] == least])
-        given[kinds] += 1
-        constraints = {key: available[key] for key in rng.sample(kinds, len(kinds))}
+        constraints = record.get("asked")
+        if constraints is None:
+            some = rng.choice((1, 1, 1, 2, 2, 3))
+            labels = {WORDS: rng.sample(record["words"], len(record["words"])), SUMMARY: record["summary"],
+                      FEATURE: rng.sample(record["features"], min(len(record["features"]), some)),
+                      SENTENCE: record["sentence"]}
+            possible = [kinds for kinds in given if all(labels[key] for key in kinds)]
+            least = min(given[kinds] for kinds in possible)  # one without features cannot have 特点; others catch up
+            kinds = rng.choice([kinds for kinds in possible if given[kinds] == least])
+            given[kinds] += 1
+            constraints = {key: labels[key] for key in rng.sample(kinds, len(kinds))}
         yield {"instruction": render(constraints), "input": "", "output": record["text"], "constraints": constraints,
                "story_id": record["story_id"]}
+
+
+def segments(texts):
+    """Texts cut at the lexicon's words and at punctuation, for the tokenizer: no piece then crosses the edge of a word,
+    and a word has the same pieces in a prompt and in a story."""
+    words = {word for plot in load()["plots"] for table in plot["lexicon"].values() if "entries" in table
+             for word in table["by_word"]}
+    by_length = sorted(words, key=len, reverse=True)
+    edge = re.compile("(" + "|".join(map(re.escape, by_length)) + "|[，。！？：、《》“”])")
+    return [part for text in texts for part in edge.split(text) if part]
 
 
 # -----------------------------------------------------------------------------
@@ -430,18 +546,11 @@ def parse_args(argv=None):
     parser.add_argument("--n", type=int, default=20000, help="number of stories")
     parser.add_argument("--seed", type=seed_number, default=1, help="same seed, same stories")
     parser.add_argument("--split", choices=("train", "heldout"), default="train",
-                        help="heldout: each story's 词汇 is a pair of words that no train story has together")
-    parser.add_argument("--slot-words", action="store_true",
-                        help="the same stories with more words in 词汇, those that only copying can tell")
-    parser.add_argument("--more-sentences", action="store_true",
-                        help="the same stories with one to half of their sentences in 随机句子, in any order")
+                        help="heldout: asked words and sentences are ones that no train story has")
     parser.add_argument("--out", default="out/data/stories.jsonl", help="story records, JSONL; overwritten")
     parser.add_argument("--instructions", metavar="FILE", help="also write one instruction a story, JSONL; overwritten")
-    parser.add_argument("--language", default=LANGUAGE, metavar="DIR", help="folder of lexicon.toml and plots/")
-    args = parser.parse_args(argv)
-    if args.split == "heldout" and (args.slot_words or args.more_sentences):
-        fail("--slot-words and --more-sentences are for training; --split heldout is for judging")
-    return args
+    parser.add_argument("--language", default=LANGUAGE, metavar="DIR", help="folder of the language files")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
@@ -449,9 +558,8 @@ def main(argv=None):
     try:
         for path in filter(None, (args.out, args.instructions)):
             check_writable(Path(path).parent)
-        told = stories(args.n, args.seed, args.language, args.split == "heldout", args.slot_words,
-                       args.more_sentences)
-        records = list(tqdm(told, total=args.n, unit="story", disable=args.n < 20000))
+        written = stories(args.n, args.seed, args.language, args.split == "heldout")
+        records = list(tqdm(written, total=args.n, unit="story", disable=args.n < 20000))
         write_jsonl(args.out, records)
         if args.instructions:
             write_jsonl(args.instructions, instructions(records, args.seed))

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 import decoding  # noqa: E402
 from checkpoint import find_base, load_model  # noqa: E402
 from common import command_line, fail  # noqa: E402
-from data import books, generate  # noqa: E402
+from data import books, generate, language  # noqa: E402
 from data.builtin import SEEDS  # noqa: E402
 from evaluate import plain_loss  # noqa: E402
 from records import read_stories  # noqa: E402
@@ -30,7 +30,7 @@ SAMPLES = {"temperature": 0.8, "top_p": 1.0, "seed": 1}
 def texts():
     """{name: plain stories that the base has not been trained on}"""
     by_name = {f"the grammar's stories, 300 of seed {SEED}": [r["text"] for r in generate.stories(300, SEED)],
-               "the authored stories that are held out, 30": [r["text"] for r in generate.authored("heldout")]}
+               "the authored stories that are held out": [r["text"] for r in generate.authored("heldout")]}
     folder = os.environ.get("MICROSTORIES_REAL_DATA")
     if folder:
         by_name[REAL] = read_stories(Path(folder, "real_stories_zh.jsonl"))[:300]
@@ -40,11 +40,11 @@ def texts():
 def copying(model, tokenizer, n=200):
     """Does it copy from its context? Mean loss (nats per token) on the first pieces of names and central words of n
     stories, where they come for the first time and where they have come before."""
-    _, plots = generate.load()
+    world = language.load()
     losses = {"first": [], "again": []}
     for i in range(n):
-        record, details = generate.compose(plots, random.Random(f"{SEED}-{i}"))
-        text, values, plot = record["text"], details["values"], details["plot"]
+        record, source = generate.compose(world, random.Random(f"{SEED}-{i}"))
+        text, values, plot = record["text"], source["values"], source["plot"]
         loss = piece_losses(model, tokenizer, [tokenizer.eos_id], text)
         for slot in plot["slots"]:
             if slot in values and (slot == plot["central"] or values[slot] != values[slot + ".kind"]):

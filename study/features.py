@@ -22,7 +22,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict  # noqa: E402
 
 from common import command_line  # noqa: E402
 from constraints import FEATURES  # noqa: E402
-from data import generate  # noqa: E402
+from data import generate, language  # noqa: E402
 from data.builtin import SEEDS  # noqa: E402
 
 NAMES = [name for name in FEATURES if name != "对话"]  # constraints.py has a rule for 对话
@@ -36,10 +36,10 @@ NGRAMS = HashingVectorizer(analyzer="char", ngram_range=(1, 4), n_features=1 << 
 
 def labelled(n, seed):
     """-> texts, labels (n, len(NAMES)) of bool, the name of each story's plot."""
-    _, plots = generate.load()
-    stories = [generate.compose(plots, random.Random(f"{seed}-{i}")) for i in range(n)]
+    world = language.load()
+    stories = [generate.compose(world, random.Random(f"{seed}-{i}")) for i in range(n)]
     labels = np.array([[name in record["features"] for name in NAMES] for record, _ in stories])
-    return [record["text"] for record, _ in stories], labels, [details["plot"]["name"] for _, details in stories]
+    return [record["text"] for record, _ in stories], labels, [source["plot"]["name"] for _, source in stories]
 
 
 def vectors(texts):

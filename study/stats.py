@@ -6,7 +6,7 @@ import lzma
 import random
 import sys
 from collections import Counter
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,23 +15,24 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from common import command_line, positive  # noqa: E402
-from constraints import FEATURES, SUMMARY, has_dialogue, sentences  # noqa: E402
-from data import generate  # noqa: E402
+from constraints import FEATURES, SENTENCE, SUMMARY, WORDS, has_dialogue, sentences  # noqa: E402
+from data import generate, language  # noqa: E402
 from data.judged import add_rivals  # noqa: E402
+from data.language import Slot  # noqa: E402
 from evaluate import obedience  # noqa: E402
 
 XZ_CHARS = 1_100_000
 
 
-def skeleton(details):
-    """A story as the plot has it, each word replaced by its class: 一天，{who}在{place}{place.at}… details: what
-    generate.compose says of it."""
-    of = {id(table): name for name, table in details["plot"]["lexicon"].items()}
+def skeleton(source):
+    """A story as the plot has it, each word replaced by its class: 一天，{who}在{place}{place.at}… source: what
+    generate.compose made it from."""
+    of = {id(table): name for name, table in source["plot"]["lexicon"].items()}
     classes = {slot: "+".join(sorted({of[id(table)] for table in tables}))
-               for slot, tables in details["plot"]["slots"].items()}
+               for slot, tables in source["plot"]["slots"].items()}
     parts = ""
-    for part in details["told"]:
-        if isinstance(part, generate.Slot):
+    for part in chain(*source["beats"]):
+        if isinstance(part, Slot):
             name, dot, column = part.partition(".")
             part = f"{{{classes.get(name, name)}{dot}{column}}}"
         parts += part
@@ -56,33 +57,75 @@ def han(text):
     return {c for c in text if "\u4e00" <= c <= "\u9fff"}
 
 
-def names(details):
+def names(source):
     """Of the characters of a story: 豆豆, not 小兔."""
-    values = details["values"]
-    return [values[slot] for slot in details["plot"]["slots"]
+    values = source["values"]
+    return [values[slot] for slot in source["plot"]["slots"]
             if slot in values and values[slot] != values[slot + ".kind"]]
+
+
+def places(rows):
+    """Where asked words and sentences first stand in their stories, 0 to 1: a list."""
+    asked = [(row["output"], word) for row in rows for word in row["constraints"].get(WORDS, [])]
+    asked += [(row["output"], row["constraints"][SENTENCE]) for row in rows if SENTENCE in row["constraints"]]
+    return [text.index(part) / len(text) for text, part in asked]
+
+
+def world_lines(world, stories):
+    """Lines about the language files, and how often what is in them is used."""
+    opened = [plot for plot in world["plots"] if plot["open"]]
+    beats = [len(every) for plot in opened for ending in plot["endings"] for _, (_, every) in ending["beats"]]
+    yield "plots, of these open", f"{len(world['plots'])}, {len(opened)}"
+    yield "open plots: fewest phrasings of a beat, endings, summaries of an ending", (
+        f"{min(beats)}, {min(len(p['endings']) for p in opened)}, "
+        f"{min(len(e['summary']) for p in opened for e in p['endings'])}")
+    words = [table for table in world["lexicon"].values() if table.get("open")]
+    yield "words of open classes, of these held out", (
+        f"{sum(len(table['entries']) for table in words):,}, {len(generate.held_out_words())}")
+    yield "scenes, fewest of a class", (f"{sum(map(len, world['scenes'].values())):,}, "
+                                        f"{min(map(len, world['scenes'].values()))}")
+    yield "shapes of free sentences", len(world["sentences"])
+    share = Counter(source["plot"]["name"] for _, source in stories)
+    yield "the most frequent plot", f"{max(share.values()) / len(stories):.2%} of stories"
+
+
+def free_sentences(world, n, seed):
+    """Lines about sentences that belong to no plot."""
+    rng = random.Random(seed)
+    shapes = Counter(id(rng.choice(world["sentences"])) for _ in range(n))
+    some = {generate.free_sentence(world, rng, held_out=True) for _ in range(n)}
+    yield "free sentences: the most frequent shape", f"{max(shapes.values()) / n:.2%}"
+    # if k of n draws differ, there are about n² / 2(n - k) equally likely ones
+    yield "free sentences: different ones, about", f"{n * n / (2 * max(1, n - len(some))):,.0f}"
 
 
 def grammar(n, seed):
     """Lines about n stories of the grammar."""
-    _, plots = generate.load()
-    stories = [generate.compose(plots, random.Random(f"{seed}-{i}")) for i in tqdm(range(n), unit="story")]
+    world = language.load()
+    stories = []
+    for i in tqdm(range(n), unit="story"):
+        rng = random.Random(f"{seed}-{i}")
+        kinds = generate.COMBINATIONS[i % len(generate.COMBINATIONS)]
+        stories.append(generate.compose(world, rng, rng.sample(kinds, len(kinds))))
     records = [record for record, _ in stories]
     texts = [record["text"] for record in records]
-    share = Counter(details["plot"]["name"] for _, details in stories)
-    beats = [len(beat[1]) for plot in plots for ending in plot["endings"] for _, beat in ending["beats"]]
-    yield "plots", f"{len(plots)}; the most frequent in {max(share.values()) / n:.2%} of stories"
-    yield "fewest phrasings of a beat, endings of a plot, summaries of an ending", (
-        f"{min(beats)}, {min(len(p['endings']) for p in plots)}, "
-        f"{min(len(e['summary']) for p in plots for e in p['endings'])}")
-    skeletons = Counter(s for _, details in stories for s in sentences(skeleton(details)))
+    rows = list(generate.instructions((record | {"story_id": ""} for record in records), seed))
+    yield from world_lines(world, stories)
+    yield from free_sentences(world, n, seed)
+    at = sorted(places(rows))
+    yield "place of asked words and sentences in their story: median, share in the first third", (
+        f"{at[len(at) // 2]:.2f}, {sum(place < 1 / 3 for place in at) / len(at):.0%}")
+    woven = [word in {source["values"].get(slot + ".kind") for slot in source["plot"]["slots"]}
+             for record, source in stories for word in record["asked"].get(WORDS, [])]
+    yield "asked words that fill a slot of the plot", f"{sum(woven) / len(woven):.0%}"
+    skeletons = Counter(s for _, source in stories for s in sentences(skeleton(source)))
     yield "distinct sentence skeletons", (f"{len(skeletons):,}; the most frequent is "
                                           f"{max(skeletons.values()) / skeletons.total():.3%} of sentences")
     every = [s for text in texts for s in sentences(text)]
     yield "distinct sentences / sentences", f"{len(set(every)) / len(every):.3f}"
     yield "distinct Chinese characters", f"{len(set().union(*map(han, texts))):,}"
-    words = {entry["word"] for plot in plots for table in plot["lexicon"].values() if table.get("pos")
-             for entry in table["entries"]}
+    words = {word for plot in world["plots"] for table in plot["lexicon"].values() if table.get("pos")
+             for word in table["by_word"]}
     everything = "\n".join(texts)
     yield "distinct content words (nouns, verbs, adjectives of the word lists that occur)", (
         f"{sum(word in everything for word in words):,}")
@@ -97,8 +140,7 @@ def grammar(n, seed):
         ("对话" in r["features"]) != has_dialogue(r["text"]) for r in records)
     for feature in FEATURES:
         yield f"share of stories with {feature}", f"{sum(feature in r['features'] for r in records) / n:.1%}"
-    kinds = Counter(tuple(sorted(row["constraints"])) for row in generate.instructions(
-        (r | {"story_id": ""} for r in records), seed))
+    kinds = Counter(tuple(sorted(row["constraints"])) for row in rows)
     yield "combinations of constraint kinds, fewest and most instructions of one", (
         f"{len(kinds)}, {min(kinds.values())}, {max(kinds.values())}")
 
@@ -106,7 +148,7 @@ def grammar(n, seed):
     yield "characters a summary: least, most", f"{min(summaries)}, {max(summaries)}"
     copied = sum(longest_common_substring(r["summary"], r["text"]) >= 15 for r in records)
     yield "summaries that share 15 or more characters in a row with their story", f"{copied / n:.1%}"
-    named = sum(any(name in record["summary"] for name in names(details)) for record, details in stories)
+    named = sum(any(name in record["summary"] for name in names(source)) for record, source in stories)
     yield "summaries that name a character", f"{named / n:.1%}"
     yield "bits per character, xz -9 of 1.1 million characters in UTF-16LE", f"{bits_per_character(texts):.2f}"
 

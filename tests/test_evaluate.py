@@ -15,8 +15,8 @@ import sample
 from checkpoint import save_model
 from constraints import KEYS, check, overlap, parse, render, tells
 from data import books, builtin
-from data.judged import HANDWRITTEN, add_rivals, builtin_rows, checkable, read_rows
-from evaluate import interval, met, obedience, plain_loss, repetition, table
+from data.judged import HANDWRITTEN, RARE, RARE_WORDS, add_rivals, builtin_rows, checkable, read_rows
+from evaluate import NEW, TRAINED, interval, met, obedience, plain_loss, repetition, table
 from pretrain import train_tokenizer
 from sample import CASES
 
@@ -61,7 +61,7 @@ def test_a_detector_tells_the_features_it_knows_and_only_those():
     found = met(asked, MEETS, detect)
     assert found["特点"] == [False] and found["词汇"] == [True] and "特点 伏笔" not in found
     result = obedience([asked], [[MEETS, "没想到，" + MEETS]], 1, detect)
-    assert result["satisfied"]["2"]["rate"] == 1 / 2 and result["unchecked_features"] == 1
+    assert result["satisfied"] == {} and result["unchecked_features"] == 1
     assert result["by_kind"]["特点 转折"]["rate"] == 1 / 2 and result["by_kind"]["特点 对话"]["rate"] == 1
     assert "特点 伏笔" not in result["by_kind"]
 
@@ -96,7 +96,7 @@ def test_what_cannot_be_checked_is_left_out_and_counted():
     rows = [row({"特点": ["转折", "冲突"]}), row({"特点": ["坏结局"], "词汇": ["河"]})]
     result = obedience(rows, [["河"], ["河"]], 1)
     assert result["unchecked_features"] == 3
-    assert {k: v["n"] for k, v in result["satisfied"].items()} == {"1": 1}
+    assert result["satisfied"] == {} and result["by_kind"]["词汇"]["rate"] == 1
 
 
 def test_intervals_cover_the_truth():
@@ -136,11 +136,21 @@ def test_the_handwritten_instructions():
     own = [v for r in rows for k, v in r["constraints"].items() if k in ("摘要", "随机句子")]
     assert len(set(own)) == len(own)
     shown = [v for _, text, _ in CASES for v in parse(text)[0].values() if isinstance(v, str)]
-    # all texts of pretraining, which take minutes, are looked through in study/tests/test_card.py
-    trained = "\n".join([*books.texts(2000, builtin.SEEDS["pretraining"]),
-                         *books.exercises(4000, builtin.SEEDS["pretraining"]),
+    # no run of 8 characters: tests/test_generate.py; all texts of pretraining: study/tests/test_card.py
+    trained = "\n".join([*books.texts(1000, builtin.SEEDS["pretraining"]),
                          *(r["instruction"] + "\n" + r["output"] for r in builtin.fine_tuning())])
     assert "小兔" in trained and not [v for v in own + shown if v.rstrip("。！？") in trained]
+
+
+def test_words_of_training_and_others_are_told_apart():
+    row = {"constraints": {"词汇": ["小猫", "量子", "皮球"]}, "rivals": [], "trained_words": {"小猫", "皮球"}}
+    found = met(row, "小猫研究量子。")
+    assert found[TRAINED] == [True, False] and found[NEW] == [True] and found["每个词"] == [True, True, False]
+    rows = builtin_rows()
+    trained = [word in row["trained_words"] for row in rows for word in row["constraints"].get("词汇", [])
+               if row["source"] == "handwritten"]
+    assert 0.3 < sum(trained) / len(trained) < 0.98
+    assert not [row for row in rows if row["source"] == "generated" and row["trained_words"]]
 
 
 def test_generated_instructions_have_a_ceiling_of_one():
@@ -151,6 +161,7 @@ def test_generated_instructions_have_a_ceiling_of_one():
     result = obedience(known, [[r["story"]] for r in known], 1)
     assert all(result["by_kind"][k]["rate"] == 1 for k in ("词汇", "特点", "随机句子"))
     assert result["by_kind"]["摘要"]["rate"] >= 0.95
+    assert [r["constraints"] for r in rows if r["source"] == RARE] == [{"词汇": [word]} for word in RARE_WORDS]
 
 
 @pytest.mark.parametrize("record, says", [
@@ -185,7 +196,7 @@ def test_rows_in_which_nothing_can_be_checked_are_left_out_and_counted(model_dir
     assert checkable(rows) == rows[:1] and checkable(rows, lambda story: {"转折": False}) == rows
     evaluate.main(argv)
     said = capsys.readouterr()
-    assert "left out: 2 instructions" in said.out and "1 such feature" in said.out
+    assert "left out: 2 instructions" in said.out and "all with any (1)" in said.out
     result = json.loads((out / "eval.json").read_text(encoding="utf-8"))
     assert result["rows"] == 1 and result["left_out"] == 2 and result["by_kind"]["特点 对话"]["n"] == 1
     path.write_text(only, encoding="utf-8")

@@ -201,7 +201,6 @@ def test_a_base_of_a_quarter_of_the_tokens(model_dir, tmp_path, monkeypatch):
                                 (reproduce, "SIZES", (10, 20)), (reproduce, "SEEDS", (1,))):
         monkeypatch.setattr(module, name, value)
     builtin.fine_tuning.cache_clear()
-    monkeypatch.setattr(builtin, "AUTHORED", 0)
     reproduce.main(["--only", "0", "--out", str(tmp_path), "--steps", "2"])
     table = table_of(tmp_path)
     [quarter] = [row for row in table if row["key"] == "pretraining a quarter"]
