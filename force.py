@@ -15,6 +15,11 @@ FOLLOWS = 20.0  # nats, for a piece that goes on with what has begun
 ENDS = "。！？…”“‘\n"  # what a sentence, or speech, begins behind
 
 
+def at_start(story):
+    """Does a sentence, or speech, begin behind it?"""
+    return not story or story[-1] in ENDS
+
+
 def steer_to(tokenizer):
     """-> `steer` of decoding.stream."""
     before, behind = map(len, PROMPT.split("{}"))
@@ -33,8 +38,7 @@ def steer_to(tokenizer):
         added = {tokenizer.eos_id: -math.inf} if unmet else {}
         for ids in unmet:
             for begun in range(min(len(ids) - 1, len(told)), -1, -1):  # how much of it does the story end with?
-                beginning = tokenizer.decode(told[:len(told) - begun])
-                if told[len(told) - begun:] == ids[:begun] and (not beginning or beginning[-1] in ENDS):
+                if told[len(told) - begun:] == ids[:begun] and at_start(tokenizer.decode(told[:len(told) - begun])):
                     grown = BONUS * sum(character in ENDS for character in story)
                     added[ids[begun]] = max(added.get(ids[begun], 0), FOLLOWS if begun else grown)
                     break

@@ -87,7 +87,7 @@ def strange_sentence(world, rng):
 
 def scenes(world, forms, rng):
     """A short text: scenes, each of which brings in something that is named before or behind it, and a sentence."""
-    values, _, _ = generate.draw(world, {"hero": language.tables_of(world["lexicon"], "主角", "books.py")}, rng)
+    values, _, _ = generate.draw(world, {"hero": language.tables_of(world["lexicon"], language.HERO, "books.py")}, rng)
     words = generate.asked_words(world, rng, rng.choice((0, 1, 2, 2, 3, 3, 4, 5)))
     sentence = strange_sentence(world, rng) if not words or rng.random() < 0.6 else ""
     used = []

@@ -4,10 +4,10 @@
 
 The language files (language.py) hold words, plots, scenes and sentences. A story is drawn after its instruction: words
 of any kind and a sentence; then a plot with places for as many of them as possible, an ending, a phrasing for each
-beat. Each asked word fills a slot of the plot that suits its class; the others get a scene, a sentence or two that may
-stand between the beats of any plot. What is asked for comes early, mostly in the order asked: following the instruction
-is then the likeliest continuation, which a low temperature picks. No word follows from another one, so a model that
-gets them right has copied them from its prompt.
+beat. The sentence comes first, then a scene for each word, a sentence or two that mostly begin with it, in the order
+asked; the plot has the words in its slots, too, where they suit. To follow the instruction is then the likeliest way to
+begin, which a low temperature picks. No word follows from another one, so a model that gets them right has copied them
+from its prompt.
 """
 import functools
 import hashlib
@@ -197,8 +197,9 @@ def spliced(world, rng):
 # words into phrasings
 
 def prefer(rng, options, key, what):
-    """One of the options, usually one of the few tied to `key`, the first character asked for. Without this, all
-    stories would begin alike at a low temperature: nothing else favours one hero over another."""
+    """One of the options, usually one of the few tied to `key`: of a hero the first character asked for, of another
+    character the hero's name. Without this, all stories would begin alike at a low temperature: nothing else favours
+    one hero over another."""
     if key and rng.random() < AFFINITY:
         return options[zlib.crc32(f"{key} {what} {rng.randrange(FAVOURITES)}".encode()) % len(options)]
     return rng.choice(options)
@@ -253,6 +254,7 @@ def draw(world, slots, rng, words=(), key="", taken=(), like=()):
 
     words: entries, each of which takes the first slot that it suits. key: of `prefer`. taken: words that the story has
     already. like: what was drawn for another story; a slot takes its word from there wherever the class is the same.
+    The table of a character is not that of one before it, if there is another: a small model mixes them up.
     """
     values, parts_of_speech, used, pronouns, drawn, met = {}, {}, list(taken), {}, [], []
     waiting = list(words)
@@ -267,8 +269,8 @@ def draw(world, slots, rng, words=(), key="", taken=(), like=()):
                 table, entry, name = known[i]
             else:
                 leaning = values.get("hero", key) if character and i < 10 else ""
-                others = [table for table in tables if not any(table is known for known in met)] or tables
-                table = prefer(rng, others, leaning, slot + " table")
+                new_ones = [table for table in tables if not any(table is other for other in met)] or tables
+                table = prefer(rng, new_ones, leaning, slot + " table")
                 entry = prefer(rng, table["entries"], leaning, slot) if leaning else draw_entry(table, rng)
                 name = table["names"] and draw_name(world["lexicon"][table["names"]]["entries"], rng, leaning,
                                                     slot + " name")
@@ -317,14 +319,12 @@ def choose_plot(world, rng, words, key, like=None):
 def choose_scene(world, rng, word, values, talk, taken, before):
     """The text of a scene that brings in the word. values: of the story; taken: words that the scene's other slots must
     keep clear of; before: the scenes that the story has, to which this one is added."""
-    if values["hero"] == word["word"]:
-        name, slot = HERO, "hero"
-    else:
-        slot = name = word["class"] if word["class"] in world["scenes"] else ANY
+    name = HERO if values["hero"] == word["word"] else word["class"] if word["class"] in world["scenes"] else ANY
     scenes = [scene for scene in world["scenes"][name] if (talk or not scene["speech"]) and scene not in before]
-    word_first = [scene for scene in scenes if scene["text"].lstrip("“‘").startswith(f"{{{slot}}}")]
+    word_first = [scene for scene in scenes if scene["first"]]
     scene = rng.choice(word_first if word_first and rng.random() < WORD_FIRST else scenes)
     before.append(scene)
+    slot = scene["slot"]
     slots = {other: tables for other, tables in scene["slots"].items() if other not in ("hero", slot)}
     own, _, _ = draw(world, slots, rng, taken=taken)
     own |= {slot: word["word"]} | {f"{slot}.{column}": cell for column, cell in word.items()}
@@ -378,9 +378,8 @@ def tell(world, rng, words, sentence, key, talk, dialogue, telling=False, like=N
     used = {"hero"}.union(*map(slots_in, beats), slots_in(summary), {plot["central"]})
     slots = {slot: tables for slot, tables in plot["slots"].items() if slot in used}
     woven = [word for word in named if any(suits(table, word) for tables in slots.values() for table in tables)]
-    values, parts_of_speech, drawn = draw(world, slots, rng, woven, key, [word["word"] for word in words
-                                                                          if word not in woven],
-                                          like["drawn"] if like else ())
+    elsewhere = [word["word"] for word in words if word not in woven]
+    values, parts_of_speech, drawn = draw(world, slots, rng, woven, key, elsewhere, like["drawn"] if like else ())
     taken = [word for _, entry, name in drawn for word in (entry["word"], name) if word] + [w["word"] for w in words]
     scenes = []
     opening = [choose_scene(world, rng, word, values, talk, taken, scenes) for word in words]

@@ -3,7 +3,7 @@
 lexicon.toml   closed classes of words: any word of a class fits wherever the class stands in a plot
 words.toml     open classes: thousands of words by kind, for open plots, scenes and sentences
 plots/, open/  one plot a file; those of open/ are short and have slots of open classes
-scenes.toml    a sentence or two that may stand between the beats of any plot, and bring in a word
+scenes.toml    a sentence or two that bring in a word, before the plot
 sentences.toml plain sentences that stand alone
 
 lexicon.toml and plots/lost.toml begin with an explanation of the format.
@@ -24,7 +24,7 @@ from constraints import FEATURES  # noqa: E402
 LANGUAGE = ROOT / "data"        # the folder of the files above
 POS = ("noun", "verb", "adj")
 ANY = "任何"                    # scenes for any word, whatever its class
-HERO = "主角"                   # scenes for the hero, where it is what is asked for
+HERO = "主角"                   # the class of open plots' heroes; scenes for the hero, where it is what is asked for
 HELD_OUT = 14                   # one in so many words of the open classes is held out: see `load_classes`
 SILENT_SCENES = 6               # at least, of every class: a story has no scene twice
 CHARACTER = ("full", "ta")      # {hero.full} 小兔豆豆, {hero.ta} 它; {hero.kind} where the class has names
@@ -62,11 +62,11 @@ def _load(folder):
             table["held_out"].remove(entry)
             table["entries"].append(entry)
     scenes, sentences = (load_phrasings(folder / name, lexicon) for name in ("scenes.toml", "sentences.toml"))
-    for name, phrasings in ({ANY: []} | scenes).items():
+    for name, phrasings in ({ANY: [], HERO: []} | scenes).items():
         where = f"{folder / 'scenes.toml'}: [{name}]"
         for i, phrasing in enumerate(phrasings, 1):
-            if Slot("hero" if name == HERO else name) not in phrasing["parts"]:
-                raise ValueError(f"{where} {i}: no {{{name}}} in {phrasing['text']!r}")
+            if phrasing["slot"] not in phrasing["parts"]:
+                raise ValueError(f"{where} {i}: no {{{phrasing['slot']}}} in {phrasing['text']!r}")
         if sum(not phrasing["speech"] for phrasing in phrasings) < SILENT_SCENES:
             raise ValueError(f"{where}: fewer than {SILENT_SCENES} scenes without speech")
     for name, phrasings in sentences.items():
@@ -230,15 +230,17 @@ class Slots:
 
 
 def load_phrasings(path, lexicon):
-    """scenes.toml or sentences.toml: {heading: [{"parts", "slots": {slot: tables}, "speech", "text"}, …]}. A slot is
-    a class, or hero: the story's."""
+    """scenes.toml or sentences.toml: {heading: [{"parts", "slots": {slot: tables}, "speech", "text", "slot", "first"},
+    …]}. A slot is a class, or hero: the story's. "slot": the one that the heading is about; "first": the text begins
+    with it."""
     groups, shapes = {}, {}
     for heading, table in read_toml(path).items():
         check_fields(table, f"{path}: [{heading}]", {"say": list}, {})
         groups[heading] = []
+        about = Slot("hero" if heading == HERO else heading)
         for i, text in enumerate(table["say"], 1):
             where = f"{path}: [{heading}] {i}"
-            slots = Slots({"hero": "主角"} | ({ANY: "其他"} if heading == ANY else {}), lexicon, where)
+            slots = Slots({"hero": HERO} | ({ANY: "其他"} if heading == ANY else {}), lexicon, where)
             parts, = slots.phrasings([text], where)
             for slot in re.findall(r"\{([^{}|]*)\}", text):
                 if slot == "they" or "say" in lexicon.get(slot, ()):
@@ -249,7 +251,8 @@ def load_phrasings(path, lexicon):
             shapes[shape] = where
             used = dict.fromkeys(part.partition(".")[0] for part in parts if isinstance(part, Slot))  # in their order
             groups[heading].append({"parts": parts, "slots": {slot: slots.tables[slot] for slot in used},
-                                    "speech": "“" in text, "text": text})
+                                    "speech": "“" in text, "text": text, "slot": about,
+                                    "first": text.lstrip("“‘").startswith(f"{{{about}}}")})
     return groups
 
 

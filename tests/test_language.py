@@ -60,6 +60,7 @@ def test_open_plots_are_many_and_varied(world):
 
 # ---- bad files ----
 
+HERO_SCENE = '["主角"]\nsay = [\n'
 SCENE, WORD = '["东西"]\nsay = [\n', '["东西"]\nopen = true'
 
 
@@ -105,6 +106,7 @@ SCENE, WORD = '["东西"]\nsay = [\n', '["东西"]\nopen = true'
     ("scenes.toml", SCENE, SCENE + '"{东西}和{动物}在。",\n"{动物}和{东西}在。",\n', "only in its slots"),
     ("scenes.toml", SCENE, '["东西"]\nsya = [\n', "[东西]: field 'say' is missing"),
     ("scenes.toml", SCENE, '["东东"]\nsay = [\n', "[东东]"),
+    ("scenes.toml", HERO_SCENE, HERO_SCENE + '"{动物}来了。",\n', "[主角] 1: no {hero} in '{动物}来了。'"),
     ("sentences.toml", "say = [\n", 'say = [\n"“下雨啦！”{人物}说。",\n', "does not stand alone"),
     ("sentences.toml", "say = [\n", 'say = [\n"{hero}说要下雨。",\n', "does not stand alone"),
     ("sentences.toml", "say = [\n", 'say = [\n"{人物说要下雨。",\n', "brace"),
@@ -118,6 +120,17 @@ def test_a_bad_language_file_is_one_line(tmp_path, capsys, file, old, new, expec
     line = failure(capsys, "--n", 200, "--out", tmp_path / "s.jsonl", "--language", tmp_path / "data")
     assert (path.name in line or "{scene}" in expected) and expected in line
     assert not (tmp_path / "s.jsonl").exists()
+
+
+@pytest.mark.parametrize("heading", [language.ANY, language.HERO])
+def test_scenes_that_every_world_needs(tmp_path, capsys, heading):
+    shutil.copytree(language.LANGUAGE, tmp_path / "data", ignore=shutil.ignore_patterns("*.py*"))
+    path = tmp_path / "data" / "scenes.toml"
+    text, n = re.subn(rf'\["{heading}"\]\nsay = \[\n(.*\n)*?\]\n', "", path.read_text(encoding="utf-8"))
+    assert n == 1
+    path.write_text(text, encoding="utf-8")
+    line = failure(capsys, "--n", 200, "--out", tmp_path / "s.jsonl", "--language", tmp_path / "data")
+    assert f"[{heading}]: fewer than" in line and not (tmp_path / "s.jsonl").exists()
 
 
 def test_other_errors_are_one_line(tmp_path, capsys):
