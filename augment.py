@@ -19,12 +19,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import common
+from common import codec, fail, fraction, positive, seed_number, to_path
+
 import numpy as np
 from tqdm import tqdm
 
-import common
 import tokenizer as tokenizers
-from common import codec, fail, fraction, positive, seed_number, to_path
 from constraints import (
     FEATURE,
     FEATURES,

@@ -13,13 +13,14 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from common import is_number, new_directory, write_atomic, write_json
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import lora
 import tokenizer as tokenizers
-from common import is_number, new_directory, write_atomic, write_json
 from model import GPT, GPTConfig
 
 WEIGHTS = "model.safetensors"

@@ -14,9 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
+# Ctrl-C ends a command without a traceback, also while PyTorch is imported, so this file is imported first of all
+sys.excepthook = lambda kind, *error: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 
 try:
     import fcntl
@@ -29,9 +32,7 @@ VERSION = "0.28"
 
 def command_line(description, prog=None):
     """-> an ArgumentParser whose errors are one line. From here on no character can crash the output: what the
-    terminal's encoding lacks (✓ on a Chinese Windows, redirected) is printed as a question mark. And Ctrl-C ends the
-    command without a traceback."""
-    sys.excepthook = lambda kind, *error: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)
+    terminal's encoding lacks (✓ on a Chinese Windows, redirected) is printed as a question mark."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

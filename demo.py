@@ -10,11 +10,12 @@ import random
 import re
 from html import escape
 
+import common
+from common import fail, number, pick_device, to_path
+
 import torch
 
-import common
 from checkpoint import find_model, load_model
-from common import fail, number, pick_device, to_path
 from constraints import FEATURE, FEATURES, NEWLINE, SENTENCE, SUMMARY, WORDS, check, fold, parse, render, sentences
 from dataset import encode_prompt
 from decoding import stream

@@ -12,10 +12,6 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from checkpoint import find_base, find_model, load_model
 from common import (
     check_writable,
     codec,
@@ -28,6 +24,11 @@ from common import (
     to_path,
     write_json,
 )
+
+import numpy as np
+import torch
+
+from checkpoint import find_base, find_model, load_model
 from constraints import EACH_WORD, FEATURE, FEATURES, KEYS, SENTENCE, SUMMARY, WORDS, check, outcomes, render
 from data import builtin
 from data.judged import RARE, add_rivals, builtin_rows, checkable, read_rows

@@ -13,12 +13,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
 from common import (
     command_line,
     fail,
@@ -30,6 +24,13 @@ from common import (
     write_atomic,
     write_json,
 )
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
 from model import GPT, PRESETS
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

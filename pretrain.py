@@ -10,13 +10,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from common import fail, has_bf16, lock, positive, rank, to_path, wait_for_all, world
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import tokenizer as tokenizers
 from checkpoint import fits, load_last, load_model, save_model
-from common import fail, has_bf16, lock, positive, rank, to_path, wait_for_all, world
 from constraints import KEYS
 from data import builtin, generate
 from dataset import PROMPT, TokenBatches

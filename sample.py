@@ -12,13 +12,14 @@ import sys
 import time
 from collections import Counter
 
+import common
+from common import fail, not_negative, number, pick_device, pick_dtype, positive, seed_number, to_path
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import common
 from checkpoint import find_model, load_model
-from common import fail, not_negative, number, pick_device, pick_dtype, positive, seed_number, to_path
 from constraints import LIST_KEYS, check, outcomes, parse
 from dataset import encode_prompt, in_batches
 from decoding import generate, stream

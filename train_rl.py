@@ -16,6 +16,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from common import fail, not_negative, number, rank, to_path, world
+
 import numpy as np
 import torch
 
@@ -23,7 +25,6 @@ import figures
 import lora
 import train_sft
 from checkpoint import find_last, find_model, load_last, load_model, save_model, save_tokenizer
-from common import fail, not_negative, number, rank, to_path, world
 from constraints import LIST_KEYS, SENTENCE, WORDS, check, fold, outcomes, render, sentences
 from data import builtin
 from data.judged import add_rivals, checkable, read_rows

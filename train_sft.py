@@ -10,15 +10,16 @@ import shutil
 import time
 from pathlib import Path
 
+import common
+from common import fail, fraction, not_negative, positive, rank, seed_number, to_path, world
+
 import torch
 from tqdm import tqdm
 
-import common
 import dataset
 import figures
 import lora
 from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model
-from common import fail, fraction, not_negative, positive, rank, seed_number, to_path, world
 from data import builtin
 from dataset import next_token_loss, total_loss
 from records import read_instructions, read_stories, split_by_story

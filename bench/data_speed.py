@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common import command_line, positive, write_jsonl  # noqa: E402
+
 from constraints import KEYS, render  # noqa: E402
 from data.generate import stories  # noqa: E402
 

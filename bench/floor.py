@@ -10,11 +10,12 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common import command_line, has_bf16, positive  # noqa: E402
+
 import torch  # noqa: E402
 
 from bench.train import make_batches, our_step  # noqa: E402
 from bench.turns import tell  # noqa: E402
-from common import command_line, has_bf16, positive  # noqa: E402
 from dataset import collate  # noqa: E402
 from model import GPT, IGNORE, PRESETS  # noqa: E402
 from train_sft import compile_model  # noqa: E402

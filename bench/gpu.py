@@ -11,6 +11,8 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common import fail, positive  # noqa: E402
+
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
@@ -26,7 +28,6 @@ from bench.turns import (  # noqa: E402
     take_turns,
     tell,
 )
-from common import fail, positive  # noqa: E402
 from model import GPT, PRESETS  # noqa: E402
 from pretrain import SETTINGS  # noqa: E402
 from train_sft import compile_model  # noqa: E402

@@ -10,12 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common import command_line, pick_device, positive  # noqa: E402
+
 import torch  # noqa: E402
 from tqdm import trange  # noqa: E402
 
 import lora  # noqa: E402
 from bench.train import our_step  # noqa: E402
-from common import command_line, pick_device, positive  # noqa: E402
 from model import GPT, IGNORE, PRESETS  # noqa: E402
 
 

@@ -80,9 +80,10 @@ def ours(weights, precision, with_lora):
 
 def our_step(model, precision):
     """-> step(micro-batches (x, y)) -> mean loss: an optimizer step as `train_sft.train` makes it."""
+    import common
+
     import torch
 
-    import common
     from dataset import next_token_loss
     from train_sft import adamw, backward
     common.keep_freed_memory()
@@ -308,6 +309,7 @@ def compare_steps(work, args, root_of):
 def pretraining(args, root_of):
     """pretrain.py, small, 16 x 512 tokens a step: each commit's variants in turn, and the best of each."""
     from common import write_jsonl
+
     from data.generate import stories
     steps = args.steps or 24
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)

@@ -16,9 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import check_writable, command_line, fail, positive, seed_number, write_jsonl  # noqa: E402
+
 from tqdm import tqdm  # noqa: E402
 
-from common import check_writable, command_line, fail, positive, seed_number, write_jsonl  # noqa: E402
 from constraints import SENTENCE, SUMMARY, WORDS, sentences  # noqa: E402
 from data import generate, language  # noqa: E402
 

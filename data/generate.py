@@ -23,9 +23,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import check_writable, command_line, fail, seed_number, write_jsonl  # noqa: E402
+
 from tqdm import tqdm  # noqa: E402
 
-from common import check_writable, command_line, fail, seed_number, write_jsonl  # noqa: E402
 from constraints import (  # noqa: E402
     FEATURE,
     FEATURES,

@@ -27,12 +27,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import check_new, command_line, fail, new_directory, positive, to_path, write_json  # noqa: E402
+
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import tokenizer as tokenizers  # noqa: E402
 from checkpoint import save_tokenizer  # noqa: E402
-from common import check_new, command_line, fail, new_directory, positive, to_path, write_json  # noqa: E402
 from records import RowError, place, scan, text_field  # noqa: E402
 
 TINYSTORIES = "tinystories-zh"

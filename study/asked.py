@@ -11,10 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import command_line, fail  # noqa: E402
+
 import numpy as np  # noqa: E402
 
 from checkpoint import load_model  # noqa: E402
-from common import command_line, fail  # noqa: E402
 from constraints import KEYS, SENTENCE, WORDS, check, render  # noqa: E402
 from data.judged import add_rivals, read_rows  # noqa: E402
 from dataset import encode_prompt  # noqa: E402

@@ -9,10 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import check_writable, command_line, fail, new_directory  # noqa: E402
+
 import torch  # noqa: E402
 
 from checkpoint import load_model, save_model  # noqa: E402
-from common import check_writable, command_line, fail, new_directory  # noqa: E402
 
 
 @torch.no_grad()

@@ -13,9 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import command_line, fail  # noqa: E402
+
 import decoding  # noqa: E402
 from checkpoint import find_base, load_model  # noqa: E402
-from common import command_line, fail  # noqa: E402
 from data import books, generate, language  # noqa: E402
 from data.builtin import SEEDS  # noqa: E402
 from evaluate import plain_loss  # noqa: E402

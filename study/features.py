@@ -13,6 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import command_line  # noqa: E402
+
 import numpy as np  # noqa: E402
 from scipy import sparse  # noqa: E402
 from sklearn.feature_extraction.text import HashingVectorizer  # noqa: E402
@@ -20,7 +22,6 @@ from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.metrics import roc_auc_score, roc_curve  # noqa: E402
 from sklearn.model_selection import GroupKFold, cross_val_predict  # noqa: E402
 
-from common import command_line  # noqa: E402
 from constraints import FEATURES  # noqa: E402
 from data import generate, language  # noqa: E402
 from data.builtin import SEEDS  # noqa: E402

@@ -26,12 +26,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import command_line, fail, positive, write_text  # noqa: E402
+
 import scipy.stats  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import figures  # noqa: E402
 from checkpoint import gpt_config  # noqa: E402
-from common import command_line, fail, positive, write_text  # noqa: E402
 from constraints import parse, permutations, render  # noqa: E402
 from data import generate  # noqa: E402
 from data.builtin import SEEDS as BUILTIN_SEEDS  # noqa: E402

@@ -10,11 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import command_line, fail, new_directory  # noqa: E402
+
 import torch  # noqa: E402
 
 import tokenizer as tokenizers  # noqa: E402
 from checkpoint import load_model, save_model  # noqa: E402
-from common import command_line, fail, new_directory  # noqa: E402
 from model import GPT  # noqa: E402
 
 

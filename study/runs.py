@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import pick_device, write_json, write_jsonl
+
 import torch
 
 import decoding
@@ -21,7 +23,6 @@ import lora
 import pretrain
 import train_sft
 from checkpoint import WEIGHTS, find_base, find_last, load_last, load_model, save_model
-from common import pick_device, write_json, write_jsonl
 from constraints import parse
 from data import builtin
 from data.judged import held_out_rows

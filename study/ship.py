@@ -11,11 +11,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import command_line, fail, write_json  # noqa: E402
+
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from checkpoint import load_model, save_model  # noqa: E402
-from common import command_line, fail, write_json  # noqa: E402
 from data import books, builtin, generate  # noqa: E402
 from data.builtin import SEEDS  # noqa: E402
 

@@ -12,9 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import command_line, positive  # noqa: E402
+
 from tqdm import tqdm  # noqa: E402
 
-from common import command_line, positive  # noqa: E402
 from constraints import FEATURES, SENTENCE, SUMMARY, WORDS, has_dialogue, sentences  # noqa: E402
 from data import generate, language  # noqa: E402
 from data.judged import add_rivals  # noqa: E402

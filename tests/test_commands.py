@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 
+import common
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,6 @@ from conftest import GEOMETRIES, ROOT, STORIES, random_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import common
 import constraints
 import decoding
 import pretrain

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 
+import common
+
 import pytest
 import torch
 from conftest import ROOT
 
 import checkpoint
-import common
 import sample
 import train_sft
 from checkpoint import WEIGHTS, load_last
@@ -74,6 +75,17 @@ def test_ctrl_c_while_stories_are_told_gives_no_traceback(model_dir):
     process.stdout.readline()  # it has begun
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == -signal.SIGINT and b"Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize("script", ["sample.py", "train_sft.py", "pretrain.py", "lora.py", "evaluate.py", "augment.py",
+                                    "train_rl.py", "demo.py", "data/generate.py", "data/books.py", "data/prepare.py"])
+def test_ctrl_c_while_pytorch_is_imported_gives_no_traceback(tmp_path, script):
+    (tmp_path / "torch.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, script, "--help"], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == -signal.SIGINT and not process.stderr.read()
 
 
 def test_what_is_written_is_on_the_disk_before_it_replaces_anything(tmp_path, monkeypatch):

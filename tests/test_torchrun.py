@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+from common import rank, start_processes, world
+
 import pytest
 import torch
 from conftest import ROOT, STORIES
@@ -14,7 +16,6 @@ from safetensors.torch import load_file
 
 import train_sft
 from checkpoint import WEIGHTS, load_last, load_model, save_model
-from common import rank, start_processes, world
 from dataset import PairBatches, Replay, by_length, encode_pairs, encode_stories
 from records import read_instructions
 from train_sft import backward, next_token_loss, train

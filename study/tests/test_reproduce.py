@@ -5,6 +5,8 @@ import math
 import statistics
 from pathlib import Path
 
+from common import has_bf16
+
 import pytest
 import torch
 from conftest import STORIES
@@ -14,7 +16,6 @@ import pretrain
 import sample
 import train_sft
 from checkpoint import WEIGHTS
-from common import has_bf16
 from data import builtin
 from study import reproduce, runs
 
