@@ -5,8 +5,8 @@
 A story is drawn after its instruction: words of any kind and a sentence. The sentence comes first, then a scene for
 each word, a sentence or two that mostly begin with it, in the order asked. To follow the instruction is then the
 likeliest way to begin, which a low temperature picks. No word follows from another one, so a model that gets them right
-has copied them from its prompt. Then an asked summary is told, in its own words, with a detail and an ending; or else a
-plot with slots for as many of the words as possible, an ending, a phrasing for each beat. The language files
+has copied them from its prompt. Then an asked summary is told, in its own words, with details of what happens; or else
+a plot with slots for as many of the words as possible, an ending, a phrasing for each beat. The language files
 (language.py) hold the words and sentences all of this is made of.
 """
 import functools
@@ -66,6 +66,7 @@ PERSONS = "动物", "人物"         # those of them who act, and can have a nam
 SPLICED_SUMMARY = 0.2           # share of asked summaries whose clauses are of several
 NAMED_HERO = 0.6                # share of these heroes that are drawn as those of plots are: many have a name
 OTHER_WORDS = 0.6               # share of a summary's nouns that are exchanged for others of their class
+DETAILS = 2                     # at most, behind a summary that is retold
 FROM_SUMMARY = 0.4              # share of asked words that are taken from the summary, where one is asked for
 TRIES = 1000                    # before giving up on a story
 CLASSES = {  # what is asked for, by class: relative frequencies
@@ -478,8 +479,8 @@ def open_summary(world, rng, words, held_out):
 
 
 def retell(world, rng, words, sentence, talk, dialogue, held_out):
-    """As `tell`, of a summary that somebody else wrote: it is told in its own words, then come a detail about what
-    happens in it, if that is known, and an ending. Where dialogue is asked for, it is in the detail."""
+    """As `tell`, of a summary that somebody else wrote: it is told in its own words, then come details of what happens
+    in it, or, where that is not known, an ending. Where dialogue is asked for, the first of them has it."""
     clauses, features, values = open_summary(world, rng, words, held_out)
     summary = "，".join(clauses) + "。"
     words = list(words)
@@ -489,9 +490,10 @@ def retell(world, rng, words, sentence, talk, dialogue, held_out):
             free = [entry for entry in there if not clashes(entry["word"], [other["word"] for other in words])]
             words[i] = rng.choice(free or [word])
     happening = [some for pattern, some in world["happenings"] if pattern.search(summary)]
-    details = [rng.choice(happening)] if happening else [world["details"][HERO]] if dialogue else []
-    glad = features and rng.random() < 0.5
-    details.append(world["details"][SAD if "坏结局" in features else GLAD if glad else CLOSING])
+    details = rng.sample(happening, min(len(happening), DETAILS))
+    if not details:
+        glad = features and rng.random() < 0.5
+        details = [world["details"][HERO if dialogue else SAD if "坏结局" in features else GLAD if glad else CLOSING]]
     taken = [word["word"] for word in words] + [values["hero"], values["hero.kind"]]
     parts = introduce(scenes(world, rng, words, values, talk, taken), values["hero"], values["hero.full"]) + [summary]
     used = []
