@@ -496,12 +496,13 @@ def retell(world, rng, words, sentence, talk, dialogue, held_out):
         details = [world["details"][HERO if dialogue else SAD if "坏结局" in features else GLAD if glad else CLOSING]]
     taken = [word["word"] for word in words] + [values["hero"], values["hero.kind"]]
     parts = introduce(scenes(world, rng, words, values, talk, taken), values["hero"], values["hero.full"]) + [summary]
-    used = []
-    for some in details:
-        speaking = [phrasing for phrasing in some if phrasing["speech"]]
-        silent = [phrasing for phrasing in some if not phrasing["speech"]]
-        used.append(rng.choice(speaking if dialogue and not used else some if talk else silent))
-        parts.append(fill(choose(used[-1]["parts"], rng), values))
+    for i, some in enumerate(details):
+        texts = [fill(choose(phrasing["parts"], rng), values) for phrasing in some]
+        if dialogue and i == 0:
+            texts = list(filter(has_dialogue, texts)) or texts
+        elif not talk:
+            texts = [text for text in texts if "“" not in text]
+        parts.append(rng.choice(texts))
     parts_of_speech = {entry["word"]: world["lexicon"][entry["class"]]["pos"]
                        for entry in words_in(summary, words_to_ask_for())}
     return sentence + "".join(parts), summary, {
