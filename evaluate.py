@@ -7,6 +7,7 @@ rules) and the floor (the untuned base). Every rate has a 95% bootstrap interval
 Of the features a rule sees only 对话; what cannot be checked is left out, and counted.
 """
 import math
+import re
 import time
 import unicodedata
 from collections import defaultdict
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 
 from checkpoint import find_base, find_model, load_model
-from constraints import EACH_WORD, FEATURE, FEATURES, KEYS, SENTENCE, SUMMARY, WORDS, check, outcomes, render
+from constraints import EACH_WORD, FEATURE, FEATURES, KEYS, SENTENCE, SUMMARY, WORDS, check, fold, outcomes, render
 from data import builtin
 from data.judged import RARE, add_rivals, builtin_rows, checkable, read_rows
 from dataset import by_length, encode_prompt, mean_loss
@@ -43,13 +44,17 @@ BEST_OF = 4  # from so many stories an instruction on, the best of them is judge
 # ---- judging ----
 
 TRAINED, NEW = "见过的词", "没见过的词"  # of the words of built-in rows: whether labels of training stories have them
+CLAUSES = "摘要的分句"                 # those of a summary that stand in the story
 
 
 def met(row, story, detect=None):
-    """Which constraints of the row the story meets, as `constraints.outcomes`; the words also by "trained_words", if
-    the row tells which of them these are."""
+    """Which constraints of the row the story meets, as `constraints.outcomes`; a summary also by its clauses, the words
+    also by "trained_words", if the row tells which of them these are."""
     checked = check(story, row["constraints"], row["rivals"], detect)
     by_name = outcomes(checked)
+    if SUMMARY in by_name:
+        clauses = filter(None, map(fold, re.split("[，。；！？：]", row["constraints"][SUMMARY])))
+        by_name[CLAUSES] = [clause in fold(story) for clause in clauses]
     if "trained_words" in row:
         for name, trained in ((TRAINED, True), (NEW, False)):
             results = [ok for word, ok in checked.get(WORDS, {}).items() if (word in row["trained_words"]) == trained]
@@ -236,7 +241,7 @@ def table(result):
     sources = dict(result["by_source"])
     rare = sources.pop(RARE, None)
     blocks = sources or {f"{result['rows']} instructions": result}
-    kinds = [WORDS, EACH_WORD, TRAINED, NEW, SENTENCE, SUMMARY, *(f"{FEATURE} {name}" for name in FEATURES)]
+    kinds = [WORDS, EACH_WORD, TRAINED, NEW, SENTENCE, SUMMARY, CLAUSES, *(f"{FEATURE} {name}" for name in FEATURES)]
     names = [("by_kind", kind, kind) for kind in kinds if kind in result["by_kind"]]
     names += [("satisfied", k, f"all of {k}") for k in result["satisfied"]]
     names += [(None, "everything", "everything")] if result["satisfied"] else []

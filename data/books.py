@@ -67,7 +67,8 @@ def story(world, forms, rng):
     rng.shuffle(named)
     record, source = generate.compose(world, rng, named)
     values = source["values"]
-    title = {"hero": values["hero"], "full": values["hero.full"], "thing": values[source["plot"]["central"]]}
+    title = source["plot"] and {"hero": values["hero"], "full": values["hero.full"],
+                                "thing": values[source["plot"]["central"]]}
     second = ""
     if rng.random() < SECOND:
         other, _ = generate.compose(world, rng, like=source)

@@ -2,12 +2,12 @@
 
     python data/generate.py --n 20000 --seed 1 --out out/data/stories.jsonl --instructions out/data/instructions.json
 
-The language files (language.py) hold words, plots, scenes and sentences. A story is drawn after its instruction: words
-of any kind and a sentence; then a plot with places for as many of them as possible, an ending, a phrasing for each
-beat. The sentence comes first, then a scene for each word, a sentence or two that mostly begin with it, in the order
-asked; the plot has the words in its slots, too, where they suit. To follow the instruction is then the likeliest way to
-begin, which a low temperature picks. No word follows from another one, so a model that gets them right has copied them
-from its prompt.
+A story is drawn after its instruction: words of any kind and a sentence. The sentence comes first, then a scene for
+each word, a sentence or two that mostly begin with it, in the order asked. To follow the instruction is then the
+likeliest way to begin, which a low temperature picks. No word follows from another one, so a model that gets them right
+has copied them from its prompt. Then an asked summary is told, in its own words, with details of what happens; or else
+a plot with slots for as many of the words as possible, an ending, a phrasing for each beat. The language files
+(language.py) hold the words and sentences all of this is made of.
 """
 import functools
 import hashlib
@@ -39,9 +39,10 @@ from constraints import (  # noqa: E402
     render,
     sentences,
 )
-from data.language import ANY, HERO, LANGUAGE, Slot, load  # noqa: E402
+from data import language  # noqa: E402
+from data.language import ANY, CLOSING, GLAD, HERO, LANGUAGE, SAD, Slot, load  # noqa: E402
 
-VERSION = 4                     # of the output: raise it when a seed gives different stories
+VERSION = 5                     # of the output: raise it when a seed gives different stories
 STORY_CHARS = {"short": (40, 380), "long": (120, 430)}   # by `length` of the plot
 LEAST_RECURRENCE = {"short": 2, "long": 3}
 SUMMARY_CHARS = 8, 60
@@ -49,7 +50,6 @@ SENTENCE_CHARS = 5, 30          # of the sentence that serves as 随机句子
 DIALOGUE = 0.35                 # share of stories with features that are told for 对话, and begin with it
 TALK = 0.64                     # share of stories that may use phrasings with speech in them
 OPEN_PLOTS = 0.95               # share of stories that have an open plot
-TELLING = 0.9                   # share of asked summaries that name several things of the story, as a reader's do
 LEAK = 8                        # no training text shares so many characters in a row with what models are judged by
 ASKED_WORDS = 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5
 AUTHORED_SENTENCE = 0.15        # share of asked sentences that are of authored stories
@@ -62,6 +62,12 @@ AFFINITY, FAVOURITES = 0.8, 3   # see `prefer`
 LISTED_NAMES = 0.7              # share of names that are of the lexicon, where nothing is asked
 MAIN_CHARACTERS = "hero", "pal", "friend"
 TOPICS = "东西", "大件", "车船", "吃的", "喝的", "植物", "动物", "人物", "地方"
+PERSONS = "动物", "人物"         # those of them who act, and can have a name
+SPLICED_SUMMARY = 0.2           # share of asked summaries whose clauses are of several
+NAMED_HERO = 0.6                # share of these heroes that are drawn as those of plots are: many have a name
+OTHER_WORDS = 0.6               # share of a summary's nouns that are exchanged for others of their class
+DETAILS = 2                     # at most, behind a summary that is retold
+FROM_SUMMARY = 0.4              # share of asked words that are taken from the summary, where one is asked for
 TRIES = 1000                    # before giving up on a story
 CLASSES = {  # what is asked for, by class: relative frequencies
     "东西": 16, "吃的": 9, "动物": 10, "植物": 6, "地方": 11, "人物": 6, "大件": 5, "车船": 3, "喝的": 3, "天上": 5,
@@ -141,13 +147,22 @@ def nouns():
             if len(entry["word"]) > 1}
 
 
-def words_in(sentence):
-    """The entries of the nouns in a sentence, the longest first where one is within another."""
+@functools.cache
+def words_to_ask_for():
+    """{word: entry} of all that can be asked for."""
+    return {entry["word"]: entry for name in reversed(CLASSES) for entry in load()["lexicon"][name]["entries"]
+            if len(entry["word"]) > 1}
+
+
+def words_in(text, known=None):
+    """The entries of the words in a text, the longest first where one is within another. known: {word: entry}, or the
+    nouns that a plot may be about."""
+    known = known or nouns()
     entries, end = [], 0
-    for start in range(len(sentence)):
-        for stop in range(min(len(sentence), start + 5), start + 1, -1):
-            if start >= end and sentence[start:stop] in nouns():
-                entries.append(nouns()[sentence[start:stop]])
+    for start in range(len(text)):
+        for stop in range(min(len(text), start + 5), start + 1, -1):
+            if start >= end and text[start:stop] in known:
+                entries.append(known[text[start:stop]])
                 end = stop
     return entries
 
@@ -317,6 +332,11 @@ def choose_plot(world, rng, words, key, like=None):
     return max(rng.sample(plots, PLOTS_SEEN), key=room)
 
 
+def about(slot, entry):
+    """The values of a slot that the entry fills."""
+    return {slot: entry["word"]} | {f"{slot}.{column}": cell for column, cell in entry.items()}
+
+
 def choose_scene(world, rng, word, values, talk, taken, before):
     """The text of a scene that brings in the word. values: of the story; taken: words that the scene's other slots must
     keep clear of; before: the scenes that the story has, to which this one is added."""
@@ -328,9 +348,15 @@ def choose_scene(world, rng, word, values, talk, taken, before):
     slot = scene["slot"]
     slots = {other: tables for other, tables in scene["slots"].items() if other not in ("hero", slot)}
     own, _, _ = draw(world, slots, rng, taken=taken)
-    own |= {slot: word["word"]} | {f"{slot}.{column}": cell for column, cell in word.items()}
+    own |= about(slot, word)
     own |= {other: value for other, value in values.items() if other.partition(".")[0] == "hero"}
     return fill(choose(scene["parts"], rng), own)
+
+
+def scenes(world, rng, words, values, talk, taken):
+    """The text of a scene for each word, in their order."""
+    used = []
+    return [choose_scene(world, rng, word, values, talk, taken, used) for word in words]
 
 
 def length(plot):
@@ -358,7 +384,7 @@ def some_words(there, text, rng):
     return some
 
 
-def tell(world, rng, words, sentence, key, talk, dialogue, telling=False, like=None):
+def tell(world, rng, words, sentence, key, talk, dialogue, like=None):
     """One try at a story with these words and this sentence -> its text, its summary and what it was made from, whether
     or not it turned out well.
 
@@ -372,22 +398,18 @@ def tell(world, rng, words, sentence, key, talk, dialogue, telling=False, like=N
     if dialogue:  # where that is asked for, the plot begins with it
         phrasings[0] = list(filter(speaks, phrasings[0])) or phrasings[0]
     beats = [choose(rng.choice(some), rng) for some in phrasings]
-    summaries = ending["summary"]
-    if telling and rng.random() < TELLING:  # from a moral no one can tell the story
-        summaries = [summary for summary in summaries if len(slots_in(summary)) > 1] or summaries
-    summary = choose(rng.choice(summaries), rng)
+    summary = choose(rng.choice(ending["summary"]), rng)
     used = {"hero"}.union(*map(slots_in, beats), slots_in(summary), {plot["central"]})
     slots = {slot: tables for slot, tables in plot["slots"].items() if slot in used}
     woven = [word for word in named if any(suits(table, word) for tables in slots.values() for table in tables)]
     elsewhere = [word["word"] for word in words if word not in woven]
     values, parts_of_speech, drawn = draw(world, slots, rng, woven, key, elsewhere, like["drawn"] if like else ())
     taken = [word for _, entry, name in drawn for word in (entry["word"], name) if word] + [w["word"] for w in words]
-    scenes = []
-    opening = [choose_scene(world, rng, word, values, talk, taken, scenes) for word in words]
-    text = introduce([*opening, *(fill(beat, values) for beat in beats)], values["hero"], values["hero.full"])
+    parts = [*scenes(world, rng, words, values, talk, taken), *(fill(beat, values) for beat in beats)]
+    text = introduce(parts, values["hero"], values["hero.full"])
     return sentence + "".join(text), fill(summary, values), {
-        "plot": plot, "ending": ending, "beats": beats, "values": values, "parts_of_speech": parts_of_speech,
-        "drawn": drawn}
+        "words": words, "plot": plot, "features": ending["features"], "beats": beats, "values": values,
+        "parts_of_speech": parts_of_speech, "drawn": drawn}
 
 
 def speaks(parts):
@@ -402,36 +424,125 @@ def introduce(parts, name, full):
     return [part.replace(name, full, 1) if i == first else part for i, part in enumerate(parts)]
 
 
-def sound(text, summary, source, words):
+# -----------------------------------------------------------------------------
+# a summary retold
+
+def clauses_of(summary):
+    return [clause for clause in re.split("[，。；！？：]", summary) if clause]
+
+
+@functools.cache
+def authored_summaries(split):
+    """[(clauses, features), …] of the authored stories in whose summary the first clause names somebody. Those with a
+    held-out word are left out."""
+    summaries = [(clauses_of(record["summary"]), set(record["features"]) - {"对话"}) for record in authored(split)
+                 if not any(word in record["summary"] for word in held_out_words())]
+    return [(clauses, features) for clauses, features in summaries if protagonist_of(clauses)]
+
+
+def protagonist_of(clauses):
+    """The entry of the person or animal that the first clause names; None where it names nobody."""
+    return next((entry for entry in words_in(clauses[0]) if entry["class"] in PERSONS), None)
+
+
+def open_summary(world, rng, words, held_out):
+    """A summary that no model knows by heart -> (clauses, features, {"hero": …}): an authored one, sometimes spliced,
+    with another hero and other things in it, those that are asked for first. The hero is whom the first clause
+    names."""
+    pool = authored_summaries("heldout" if held_out else "train")
+    clauses, features = rng.choice(pool)
+    if not held_out and rng.random() < SPLICED_SUMMARY:
+        clauses, features = clauses[:1] + [rng.choice(rng.choice(pool)[0]) for _ in clauses[1:]], set()
+    there = {entry["word"]: entry for clause in clauses for entry in words_in(clause)}
+    others, waiting = {}, [word for word in words if len(word["word"]) > 1]
+    for entry in there.values():
+        asked = [word for word in waiting if word["class"] == entry["class"]][:1]
+        waiting = [word for word in waiting if word not in asked]
+        others[entry["word"]] = (asked[0] if asked else entry if rng.random() > OTHER_WORDS
+                                 else draw_entry(world["lexicon"][entry["class"]], rng))
+    protagonist = protagonist_of(clauses)
+    hero = others[protagonist["word"]]
+    values = about("hero", hero) | {"hero.full": hero["word"], "hero.kind": hero["word"]}
+    if hero not in words and rng.random() < NAMED_HERO:
+        values, _, _ = draw(world, {"hero": language.tables_of(world["lexicon"], HERO, "")}, rng)
+        others[protagonist["word"]] = {"word": values["hero.full"]}
+    pronouns = set("它他她") & set("".join(clauses))
+    if pronouns and values["hero.ta"] not in pronouns:
+        return open_summary(world, rng, words, held_out)
+    names = re.compile("(" + "|".join(sorted({entry["m"] for entry in there.values() if "m" in entry})) + "|)"
+                       "[小老大]?(" + "|".join(sorted(others, key=len, reverse=True)) + ")们?")
+
+    def exchange(found):
+        m, word = found.groups()
+        return (others[word].get("m", m) if m and m == there[word].get("m") else m) + others[word]["word"]
+    return [names.sub(exchange, clause) for clause in clauses], features, values
+
+
+def retell(world, rng, words, sentence, talk, dialogue, held_out):
+    """As `tell`, of a summary that somebody else wrote: it is told in its own words, then come details of what happens
+    in it, or, where that is not known, an ending. Where dialogue is asked for, the first of them has it."""
+    clauses, features, values = open_summary(world, rng, words, held_out)
+    summary = "，".join(clauses) + "。"
+    words = list(words)
+    there = [] if held_out else words_in(summary, words_to_ask_for())
+    for i, word in enumerate(words):
+        if word["word"] not in summary and rng.random() < FROM_SUMMARY:
+            free = [entry for entry in there if not clashes(entry["word"], [other["word"] for other in words])]
+            words[i] = rng.choice(free or [word])
+    happening = [some for pattern, some in world["happenings"] if pattern.search(summary)]
+    details = rng.sample(happening, min(len(happening), DETAILS))
+    if not details:
+        glad = features and rng.random() < 0.5
+        details = [world["details"][HERO if dialogue else SAD if "坏结局" in features else GLAD if glad else CLOSING]]
+    taken = [word["word"] for word in words] + [values["hero"], values["hero.kind"]]
+    parts = introduce(scenes(world, rng, words, values, talk, taken), values["hero"], values["hero.full"]) + [summary]
+    for i, some in enumerate(details):
+        texts = [fill(choose(phrasing["parts"], rng), values) for phrasing in some]
+        if dialogue and i == 0:
+            texts = list(filter(has_dialogue, texts)) or texts
+        elif not talk:
+            texts = [text for text in texts if "“" not in text]
+        parts.append(rng.choice(texts))
+    parts_of_speech = {entry["word"]: world["lexicon"][entry["class"]]["pos"]
+                       for entry in words_in(summary, words_to_ask_for())}
+    return sentence + "".join(parts), summary, {
+        "words": words, "plot": None, "features": features, "values": values, "parts_of_speech": parts_of_speech,
+        "drawn": []}
+
+
+# -----------------------------------------------------------------------------
+# a story with its labels
+
+def sound(text, summary, source):
     """Is this story worth keeping? Right length, no repeated sentence, everything in it that must be."""
-    low, high = STORY_CHARS[length(source["plot"])]
+    low, high = STORY_CHARS[length(source["plot"]) if source["plot"] else "short"]
     parts = list(map(fold, sentences(text)))
-    return (low <= len(text) <= high and SUMMARY_CHARS[0] <= len(summary) <= SUMMARY_CHARS[1] and summary not in text
-            and len(set(parts)) == len(parts) and recurs(text, source["plot"], source["values"])
-            and all(word["word"] in text for word in words) and not leaks(text) and not leaks(summary))
+    return (low <= len(text) <= high and SUMMARY_CHARS[0] <= len(summary) <= SUMMARY_CHARS[1]
+            and len(set(parts)) == len(parts) and (not source["plot"] or recurs(text, source["plot"], source["values"]))
+            and all(word["word"] in text for word in source["words"]) and not leaks(text) and not leaks(summary))
 
 
-def labels_of(text, summary, source, words, sentence, rng):
+def labels_of(text, summary, source, sentence, rng):
     """The labels of a story, all of them true: {"words", "features", "sentence", "summary"}."""
     there = {word: pos for word, pos in source["parts_of_speech"].items() if word in text}
-    features = source["ending"]["features"] | ({"对话"} if has_dialogue(text) else set())
+    features = source["features"] | ({"对话"} if has_dialogue(text) else set())
     if not sentence:
         parts = [s for s in sentences(text) if s.count("“") == s.count("”") and text.count(s) == 1]
         sentence = rng.choice([s for s in parts if SENTENCE_CHARS[0] <= len(s) <= SENTENCE_CHARS[1]] or parts)
-    in_text = {word: pos for word, pos in source["plot"]["in_text"].items() if word in text}
-    return {"words": [word["word"] for word in words] or some_words(there | in_text, text, rng),
+    in_text = source["plot"]["in_text"].items() if source["plot"] else ()
+    in_text = {word: pos for word, pos in in_text if word in text}
+    return {"words": [word["word"] for word in source["words"]] or some_words(there | in_text, text, rng),
             "features": [feature for feature in FEATURES if feature in features], "sentence": sentence,
             "summary": summary}
 
 
-def compose(world, rng, asked=(), held_out=False, telling=False, like=None):
-    """A story record without its id, and what it was made from: {"plot", "ending", "beats", "values",
-    "parts_of_speech", "drawn"}.
+def compose(world, rng, asked=(), held_out=False, like=None):
+    """A story record without its id, and what it was made from: {"words", "plot", "features", "beats", "values",
+    "parts_of_speech", "drawn"}; no plot and no beats where a summary is asked for, which is then retold.
 
     asked: the keys of its instruction, in order; 词汇 and 随机句子 are drawn before the story. The record's "asked" are
-    the constraints. held_out: the words are of `held_out_words`. telling: the summary names several things. like: what
-    another story was made from; this one is of another plot, about the same things where it can be. ValueError if a
-    plot cannot be told.
+    the constraints. held_out: the words are of `held_out_words`. like: what another story was made from; this one is
+    of another plot, about the same things where it can be. ValueError if a plot cannot be told.
     """
     words = asked_words(world, rng, rng.choice(ASKED_WORDS), held_out) if WORDS in asked else []
     sentence = free_sentence(world, rng, held_out) if SENTENCE in asked else ""
@@ -441,13 +552,16 @@ def compose(world, rng, asked=(), held_out=False, telling=False, like=None):
     talk = dialogue or rng.random() < TALK
     for i in range(TRIES):
         try:
-            text, summary, source = tell(world, rng, words, sentence, key, talk, dialogue, telling,
-                                         like if i < 20 else None)
+            if SUMMARY in asked:
+                text, summary, source = retell(world, rng, words, sentence, talk, dialogue, held_out)
+            else:
+                text, summary, source = tell(world, rng, words, sentence, key, talk, dialogue,
+                                             like if i < 20 else None)
         except Crowded:
             continue
-        if sound(text, summary, source, words):
-            labels = labels_of(text, summary, source, words, sentence, rng)
-            if labels["features"] or FEATURE not in asked:
+        if sound(text, summary, source):
+            labels = labels_of(text, summary, source, sentence, rng)
+            if labels["words"] and (labels["features"] or FEATURE not in asked):
                 break
     else:
         asked_for = "，".join(word["word"] for word in words) or "no word"
@@ -490,7 +604,7 @@ def _stories(n, seed, world, held_out):
         i += 1
         rng = random.Random(f"{seed}-{i}")
         kinds = turns[i % len(turns)]
-        record, _ = compose(world, rng, rng.sample(kinds, len(kinds)), held_out, telling=True)
+        record, _ = compose(world, rng, rng.sample(kinds, len(kinds)), held_out)
         key = hashlib.blake2b(record["text"].encode(), digest_size=12).digest()
         if key in seen:
             if i > 100 + 10 * len(seen):

@@ -61,7 +61,7 @@ def han(text):
 def names(source):
     """Of the characters of a story: 豆豆, not 小兔."""
     values = source["values"]
-    return [values[slot] for slot in source["plot"]["slots"]
+    return [values[slot] for slot in (source["plot"]["slots"] if source["plot"] else ["hero"])
             if slot in values and values[slot] != values[slot + ".kind"]]
 
 
@@ -85,9 +85,13 @@ def world_lines(world, stories):
         f"{sum(len(table['entries']) for table in words):,}, {len(generate.held_out_words())}")
     yield "scenes, fewest of a class", (f"{sum(map(len, world['scenes'].values())):,}, "
                                         f"{min(map(len, world['scenes'].values()))}")
+    yield "details behind a summary that is retold: of what happens, others", (
+        f"{sum(len(some) for _, some in world['happenings'])}, {sum(map(len, world['details'].values()))}")
+    yield "summaries that are retold, for training and for judging", ", ".join(
+        str(len(generate.authored_summaries(split))) for split in ("train", "heldout"))
     yield "shapes of free sentences", len(world["sentences"])
-    share = Counter(source["plot"]["name"] for _, source in stories)
-    yield "the most frequent plot", f"{max(share.values()) / len(stories):.2%} of stories"
+    share = Counter(source["plot"]["name"] for _, source in stories if source["plot"])
+    yield "the most frequent plot", f"{max(share.values()) / share.total():.2%} of stories that have one"
 
 
 def free_sentences(world, n, seed):
@@ -116,11 +120,15 @@ def grammar(n, seed):
     at = sorted(places(rows))
     yield "place of asked words and sentences in their story: median, share in the first third", (
         f"{at[len(at) // 2]:.2f}, {sum(place < 1 / 3 for place in at) / len(at):.0%}")
+    plots = [(record, source) for record, source in stories if source["plot"]]
     woven = [word in {source["values"].get(slot + ".kind") for slot in source["plot"]["slots"]}
-             for record, source in stories for word in record["asked"].get(WORDS, [])]
+             for record, source in plots for word in record["asked"].get(WORDS, [])]
     yield "asked words that fill a slot of the plot", f"{sum(woven) / len(woven):.0%}"
-    skeletons = Counter(s for _, source in stories for s in sentences(skeleton(source)))
-    yield "distinct sentence skeletons", (f"{len(skeletons):,}; the most frequent is "
+    woven = [word in record["summary"] for record, source in stories if not source["plot"]
+             for word in record["asked"].get(WORDS, [])]
+    yield "asked words that stand in the asked summary", f"{sum(woven) / len(woven):.0%}"
+    skeletons = Counter(s for _, source in plots for s in sentences(skeleton(source)))
+    yield "distinct sentence skeletons of plots", (f"{len(skeletons):,}; the most frequent is "
                                           f"{max(skeletons.values()) / skeletons.total():.3%} of sentences")
     every = [s for text in texts for s in sentences(text)]
     yield "distinct sentences / sentences", f"{len(set(every)) / len(every):.3f}"
@@ -147,8 +155,9 @@ def grammar(n, seed):
 
     summaries = [len(r["summary"]) for r in records]
     yield "characters a summary: least, most", f"{min(summaries)}, {max(summaries)}"
-    copied = sum(longest_common_substring(r["summary"], r["text"]) >= 15 for r in records)
-    yield "summaries that share 15 or more characters in a row with their story", f"{copied / n:.1%}"
+    copied = [longest_common_substring(record["summary"], record["text"]) >= 15 for record, _ in plots]
+    yield "summaries of plots that share 15 or more characters in a row with their story", (
+        f"{sum(copied) / len(copied):.1%}")
     named = sum(any(name in record["summary"] for name in names(source)) for record, source in stories)
     yield "summaries that name a character", f"{named / n:.1%}"
     yield "bits per character, xz -9 of 1.1 million characters in UTF-16LE", f"{bits_per_character(texts):.2f}"

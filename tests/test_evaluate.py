@@ -42,7 +42,7 @@ def row(constraints, story=None, rivals=("小狗过生日，收到了许多礼�
     *[(key, "", False) for key in KEYS]])
 def test_planted_cases(kind, story, expected):
     found = met(row(ALL), story)
-    assert set(found) == {*KEYS, "每个词", "特点 对话"}
+    assert set(found) == {*KEYS, "每个词", "摘要的分句", "特点 对话"}
     assert all(found[key] == [True] for key in KEYS) if kind is None else found[kind] == [expected]
 
 
@@ -51,6 +51,11 @@ def test_what_no_rule_can_tell():
     assert met(row({"特点": ["转折", "对话"]}), MEETS) == {"特点": [True], "特点 对话": [True]}
     assert met(row({"摘要": "小猫。"}, rivals=()), MEETS) == {}
     assert met(row({"词汇": ["皮球", "大海"]}), MEETS) == {"词汇": [False], "每个词": [True, False]}
+
+
+def test_which_clauses_of_a_summary_are_told():
+    asked = row({"摘要": "小猫丢了球，找了“一天”，最后，在床下找到。"})
+    assert met(asked, "小猫丢了球。它急了。在床下找到！")["摘要的分句"] == [True, False, False, True]
 
 
 def test_a_detector_tells_the_features_it_knows_and_only_those():

@@ -57,7 +57,7 @@ def test_labels_are_true(records):
         assert all(word in text for word in record["words"])
         assert text.count(record["sentence"]) == 1
         assert record["sentence"][-1] in "。！？”" and record["sentence"].count("“") == record["sentence"].count("”")
-        assert 8 <= len(record["summary"]) <= 60 and record["summary"] not in text
+        assert 8 <= len(record["summary"]) <= 60 and (record["summary"] in text) == ("摘要" in record["asked"])
         assert record["features"] == [f for f in FEATURES if f in record["features"]]
         assert ("对话" in record["features"]) == has_dialogue(text)
 
@@ -70,14 +70,14 @@ def test_no_sentence_stands_twice_in_a_story(records):
 
 def test_features_are_those_of_plot_and_ending(composed):
     for record, source in composed:
-        assert set(record["features"]) - {"对话"} == source["ending"]["features"]
+        assert set(record["features"]) - {"对话"} == source["features"]
 
 
 def test_shares_of_features_and_length(records):
     share = Counter(feature for record in records for feature in record["features"])
     for feature in FEATURES:
         assert 0.10 < share[feature] / N < 0.75, feature
-    assert 140 <= sum(len(record["text"]) for record in records) / N <= 240
+    assert 120 <= sum(len(record["text"]) for record in records) / N <= 240
 
 
 def test_names_and_the_central_word_recur(composed):
@@ -177,6 +177,62 @@ def test_openings_follow_what_is_asked(world):
     assert max(first.values()) <= 10
 
 
+# ----------------------------------------------------------------------------- an asked summary is retold
+
+def test_an_asked_summary_is_told_behind_what_else_is_asked(world):
+    spoken = woven = 0
+    for i in range(300):
+        record, source = generate.compose(world, random.Random(f"retold-{i}"), ("摘要", "词汇", "特点", "随机句子"))
+        text, summary = record["text"], record["summary"]
+        before, behind = text.split(summary)
+        assert source["plot"] is None and summary == record["asked"]["摘要"]
+        assert before.startswith(record["sentence"]) and all(word in before for word in record["words"])
+        assert 4 < len(behind) and behind[-1] in "。！？”"
+        spoken += "对话" in record["asked"]["特点"]
+        woven += any(word in summary for word in record["words"])
+    assert 0.2 * 300 < spoken < 0.8 * 300 and 0.3 * 300 < woven
+
+
+def test_where_dialogue_is_asked_for_there_is_speech_behind_the_summary(world, monkeypatch):
+    monkeypatch.setattr(generate, "DIALOGUE", 1)
+    for i in range(100):
+        record, _ = generate.compose(world, random.Random(f"spoken-{i}"), ("摘要", "特点"))
+        assert "对话" in record["asked"]["特点"] and "“" in record["text"].split(record["summary"])[1]
+
+
+def test_what_happens_in_a_summary_decides_its_detail(world):
+    lines = "推呀推。", "拉呀拉。", "一，二，三。", "再来！", "“嘿哟！”"
+    details = [{"parts": [line]} for line in lines]
+    only = world | {"happenings": [(re.compile("搬|推"), details)]}
+    counts = Counter()
+    for i in range(600):
+        record, _ = generate.compose(only, random.Random(f"moved-{i}"), ("摘要",))
+        moved = any(word in record["summary"] for word in "搬推")
+        assert moved == any(line in record["text"] for line in lines)
+        counts[moved] += 1
+    assert counts[True] > 5
+
+
+def test_summaries_of_training_and_of_judging_are_of_other_stories(world):
+    train, held = ({clauses[-1] for clauses, _ in generate.authored_summaries(split)} for split in ("train", "heldout"))
+    assert len(train) > 400 and len(held) > 50 and not train & held
+    text = "\n".join(clause for clauses, _ in generate.authored_summaries("train") for clause in clauses)
+    assert not [word for word in generate.held_out_words() if word in text]
+    records = [generate.compose(world, random.Random(f"s-{i}"), ("摘要",))[0] for i in range(600)]
+    assert len({record["summary"] for record in records}) > 0.95 * len(records)
+
+
+def test_another_hero_comes_with_its_pronoun_and_its_measure_word(world, monkeypatch):
+    monkeypatch.setattr(generate, "authored_summaries", lambda split: [(["一只小猫找它的球", "球在一把雨伞下"], set())])
+    monkeypatch.setattr(generate, "OTHER_WORDS", 1)
+    summaries = {"，".join(generate.open_summary(world, random.Random(i), [], False)[0]) for i in range(200)}
+    assert len(summaries) > 150 and not [s for s in summaries if "他的" in s or "她的" in s]
+    thing = world["lexicon"]["东西"]["by_word"]
+    for s in summaries:
+        word = s.split("在一", 1)[1][:-1]
+        assert any(word == entry["m"] + entry["word"] for entry in thing.values()), s
+
+
 # ----------------------------------------------------------------------------- what is kept for judging
 
 def test_held_out_words_stand_in_no_slot_and_no_label_of_training(records, composed):
@@ -261,8 +317,7 @@ def test_a_duplicate_is_passed_over(monkeypatch):
 
     def compose(world, rng, asked, *_, **__):
         calls.append(rng)
-        return real(world, random.Random(0) if len(calls) < 4 else rng, asked if len(calls) > 3 else (),  # three alike
-                    telling=len(calls) > 3)
+        return real(world, random.Random(0) if len(calls) < 4 else rng, asked if len(calls) > 3 else ())  # three alike
 
     plain = list(generate.stories(6, seed=9))
     monkeypatch.setattr(generate, "compose", compose)
