@@ -225,6 +225,7 @@ def test_summaries_of_training_and_of_judging_are_of_other_stories(world):
 def test_another_hero_comes_with_its_pronoun_and_its_measure_word(world, monkeypatch):
     monkeypatch.setattr(generate, "authored_summaries", lambda split: [(["一只小猫找它的球", "球在一把雨伞下"], set())])
     monkeypatch.setattr(generate, "OTHER_WORDS", 1)
+    monkeypatch.setattr(generate, "SPLICED_SUMMARY", 0)
     summaries = {"，".join(generate.open_summary(world, random.Random(i), [], False)[0]) for i in range(200)}
     assert len(summaries) > 150 and not [s for s in summaries if "他的" in s or "她的" in s]
     thing = world["lexicon"]["东西"]["by_word"]

@@ -31,14 +31,14 @@ def test_logits_equal_transformers_both_ways(name, tok, tmp_path):
     with torch.no_grad():
         expected = theirs(idx).logits
         assert expected.abs().max() > 1  # not two models that are both silent
-        torch.testing.assert_close(ours(idx), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours(idx), expected, atol=1e-4, rtol=1e-5)  # float32 sums differ by CPU
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()  # several shards
     save_tokenizer(tmp_path / "theirs", tok)
     back, _ = load_model(tmp_path / "theirs")
     assert back.config == ours.config
     with torch.no_grad():
-        torch.testing.assert_close(back(idx), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(back(idx), expected, atol=1e-4, rtol=1e-5)  # float32 sums differ by CPU
 
 
 @pytest.mark.parametrize("changes", [{"window": 64, "soft_cap": 30.0}, {"window": None}, {}])
