@@ -242,6 +242,11 @@ def sentences(text):
     return found + ([text[start:]] if text[start:] else [])
 
 
+def clauses(text):
+    """What stands between the marks ，。；！？："""
+    return [clause for clause in re.split("[，。；！？：]", text) if clause]
+
+
 QUOTED = re.compile(r"“([^“”]+)”|「([^「」]+)」|『([^『』]+)』|\"([^\"]+)\"")
 INTRODUCED = re.compile(r"[：:]\s*[“”「『\"]|[说道问喊答]\s*[“「『\"]")  # real text closes what it opens carelessly
 SPEECH_END = tuple("。！？!?…，,～~—.")

@@ -7,7 +7,6 @@ rules) and the floor (the untuned base). Every rate has a 95% bootstrap interval
 Of the features a rule sees only 对话; what cannot be checked is left out, and counted.
 """
 import math
-import re
 import time
 import unicodedata
 from collections import defaultdict
@@ -30,7 +29,20 @@ import numpy as np
 import torch
 
 from checkpoint import find_base, find_model, load_model
-from constraints import EACH_WORD, FEATURE, FEATURES, KEYS, SENTENCE, SUMMARY, WORDS, check, fold, outcomes, render
+from constraints import (
+    EACH_WORD,
+    FEATURE,
+    FEATURES,
+    KEYS,
+    SENTENCE,
+    SUMMARY,
+    WORDS,
+    check,
+    clauses,
+    fold,
+    outcomes,
+    render,
+)
 from data import builtin
 from data.judged import RARE, add_rivals, builtin_rows, checkable, read_rows
 from dataset import by_length, encode_prompt, mean_loss
@@ -53,8 +65,8 @@ def met(row, story, detect=None):
     checked = check(story, row["constraints"], row["rivals"], detect)
     by_name = outcomes(checked)
     if SUMMARY in by_name:
-        clauses = filter(None, map(fold, re.split("[，。；！？：]", row["constraints"][SUMMARY])))
-        by_name[CLAUSES] = [clause in fold(story) for clause in clauses]
+        told = fold(story)
+        by_name[CLAUSES] = [clause in told for clause in map(fold, clauses(row["constraints"][SUMMARY])) if clause]
     if "trained_words" in row:
         for name, trained in ((TRAINED, True), (NEW, False)):
             results = [ok for word, ok in checked.get(WORDS, {}).items() if (word in row["trained_words"]) == trained]

@@ -34,6 +34,7 @@ from constraints import (  # noqa: E402
     SENTENCE,
     SUMMARY,
     WORDS,
+    clauses,
     fold,
     has_dialogue,
     render,
@@ -427,22 +428,18 @@ def introduce(parts, name, full):
 # -----------------------------------------------------------------------------
 # a summary retold
 
-def clauses_of(summary):
-    return [clause for clause in re.split("[，。；！？：]", summary) if clause]
-
-
 @functools.cache
 def authored_summaries(split):
     """[(clauses, features), …] of the authored stories in whose summary the first clause names somebody. Those with a
     held-out word are left out."""
-    summaries = [(clauses_of(record["summary"]), set(record["features"]) - {"对话"}) for record in authored(split)
+    summaries = [(clauses(record["summary"]), set(record["features"]) - {"对话"}) for record in authored(split)
                  if not any(word in record["summary"] for word in held_out_words())]
-    return [(clauses, features) for clauses, features in summaries if protagonist_of(clauses)]
+    return [(parts, features) for parts, features in summaries if protagonist_of(parts)]
 
 
-def protagonist_of(clauses):
+def protagonist_of(parts):
     """The entry of the person or animal that the first clause names; None where it names nobody."""
-    return next((entry for entry in words_in(clauses[0]) if entry["class"] in PERSONS), None)
+    return next((entry for entry in words_in(parts[0]) if entry["class"] in PERSONS), None)
 
 
 def open_summary(world, rng, words, held_out):
@@ -450,23 +447,23 @@ def open_summary(world, rng, words, held_out):
     with another hero and other things in it, those that are asked for first. The hero is whom the first clause
     names."""
     pool = authored_summaries("heldout" if held_out else "train")
-    clauses, features = rng.choice(pool)
+    parts, features = rng.choice(pool)
     if not held_out and rng.random() < SPLICED_SUMMARY:
-        clauses, features = clauses[:1] + [rng.choice(rng.choice(pool)[0]) for _ in clauses[1:]], set()
-    there = {entry["word"]: entry for clause in clauses for entry in words_in(clause)}
+        parts, features = parts[:1] + [rng.choice(rng.choice(pool)[0]) for _ in parts[1:]], set()
+    there = {entry["word"]: entry for clause in parts for entry in words_in(clause)}
     others, waiting = {}, [word for word in words if len(word["word"]) > 1]
     for entry in there.values():
         asked = [word for word in waiting if word["class"] == entry["class"]][:1]
         waiting = [word for word in waiting if word not in asked]
         others[entry["word"]] = (asked[0] if asked else entry if rng.random() > OTHER_WORDS
                                  else draw_entry(world["lexicon"][entry["class"]], rng))
-    protagonist = protagonist_of(clauses)
+    protagonist = protagonist_of(parts)
     hero = others[protagonist["word"]]
     values = about("hero", hero) | {"hero.full": hero["word"], "hero.kind": hero["word"]}
     if hero not in words and rng.random() < NAMED_HERO:
         values, _, _ = draw(world, {"hero": language.tables_of(world["lexicon"], HERO, "")}, rng)
         others[protagonist["word"]] = {"word": values["hero.full"]}
-    pronouns = set("它他她") & set("".join(clauses))
+    pronouns = set("它他她") & set("".join(parts))
     if pronouns and values["hero.ta"] not in pronouns:
         return open_summary(world, rng, words, held_out)
     names = re.compile("(" + "|".join(sorted({entry["m"] for entry in there.values() if "m" in entry})) + "|)"
@@ -475,19 +472,19 @@ def open_summary(world, rng, words, held_out):
     def exchange(found):
         m, word = found.groups()
         return (others[word].get("m", m) if m and m == there[word].get("m") else m) + others[word]["word"]
-    return [names.sub(exchange, clause) for clause in clauses], features, values
+    return [names.sub(exchange, clause) for clause in parts], features, values
 
 
 def retell(world, rng, words, sentence, talk, dialogue, held_out):
     """As `tell`, of a summary that somebody else wrote: it is told in its own words, then come details of what happens
     in it, or, where that is not known, an ending. Where dialogue is asked for, the first of them has it."""
-    clauses, features, values = open_summary(world, rng, words, held_out)
-    summary = "，".join(clauses) + "。"
-    words = list(words)
-    there = [] if held_out else words_in(summary, words_to_ask_for())
+    told, features, values = open_summary(world, rng, words, held_out)
+    summary = "，".join(told) + "。"
+    words, there = list(words), words_in(summary, words_to_ask_for())
     for i, word in enumerate(words):
         if word["word"] not in summary and rng.random() < FROM_SUMMARY:
-            free = [entry for entry in there if not clashes(entry["word"], [other["word"] for other in words])]
+            free = [entry for entry in there
+                    if not held_out and not clashes(entry["word"], [other["word"] for other in words])]
             words[i] = rng.choice(free or [word])
     happening = [some for pattern, some in world["happenings"] if pattern.search(summary)]
     details = rng.sample(happening, min(len(happening), DETAILS))
@@ -503,11 +500,9 @@ def retell(world, rng, words, sentence, talk, dialogue, held_out):
         elif not talk:
             texts = [text for text in texts if "“" not in text]
         parts.append(rng.choice(texts))
-    parts_of_speech = {entry["word"]: world["lexicon"][entry["class"]]["pos"]
-                       for entry in words_in(summary, words_to_ask_for())}
     return sentence + "".join(parts), summary, {
-        "words": words, "plot": None, "features": features, "values": values, "parts_of_speech": parts_of_speech,
-        "drawn": []}
+        "words": words, "plot": None, "features": features, "values": values, "drawn": [],
+        "parts_of_speech": {entry["word"]: world["lexicon"][entry["class"]]["pos"] for entry in there}}
 
 
 # -----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ ANY = "任何"                    # scenes for any word, whatever its class
 HERO = "主角"                   # the class of open plots' heroes; scenes for the hero, where it is what is asked for
 CLOSING, GLAD, SAD = "结尾", "高兴的结尾", "难过的结尾"  # headings of details.toml
 HELD_OUT = 14                   # one in so many words of the open classes is held out: see `load_classes`
-LEAST = 6               # at least, of every class: a story has no scene twice
+LEAST = 6                       # scenes of a class, details of a kind, without speech: a story has no scene twice
 CHARACTER = ("full", "ta")      # {hero.full} 小兔豆豆, {hero.ta} 它; {hero.kind} where the class has names
 
 
