@@ -5,9 +5,9 @@
 A story is drawn after its instruction: words of any kind and a sentence. The sentence comes first, then a scene for
 each word, a sentence or two that mostly begin with it, in the order asked. To follow the instruction is then the
 likeliest way to begin, which a low temperature picks. No word follows from another one, so a model that gets them right
-has copied them from its prompt. Then an asked summary is told, in its own words, with details of what happens; or else
-a plot with slots for as many of the words as possible, an ending, a phrasing for each beat. The language files
-(language.py) hold the words and sentences all of this is made of.
+has copied them from its prompt. Then a plot is told, with slots for as many of the words as possible, an ending, a
+phrasing for each beat. A summary that is asked for is told in its own words instead, and the words come behind it, each
+in its scene. The language files (language.py) hold the words and sentences all of this is made of.
 """
 import functools
 import hashlib
@@ -41,9 +41,9 @@ from constraints import (  # noqa: E402
     sentences,
 )
 from data import language  # noqa: E402
-from data.language import ANY, CLOSING, GLAD, HERO, LANGUAGE, SAD, Slot, load  # noqa: E402
+from data.language import ANY, HERO, LANGUAGE, Slot, load  # noqa: E402
 
-VERSION = 5                     # of the output: raise it when a seed gives different stories
+VERSION = 6                     # of the output: raise it when a seed gives different stories
 STORY_CHARS = {"short": (40, 380), "long": (120, 430)}   # by `length` of the plot
 LEAST_RECURRENCE = {"short": 2, "long": 3}
 SUMMARY_CHARS = 8, 60
@@ -67,7 +67,7 @@ PERSONS = "动物", "人物"         # those of them who act, and can have a nam
 SPLICED_SUMMARY = 0.2           # share of asked summaries whose clauses are of several
 NAMED_HERO = 0.6                # share of these heroes that are drawn as those of plots are: many have a name
 OTHER_WORDS = 0.6               # share of a summary's nouns that are exchanged for others of their class
-DETAILS = 2                     # at most, behind a summary that is retold
+LATER = "后来，"                # between a summary and the scenes
 FROM_SUMMARY = 0.4              # share of asked words that are taken from the summary, where one is asked for
 TRIES = 1000                    # before giving up on a story
 CLASSES = {  # what is asked for, by class: relative frequencies
@@ -338,11 +338,12 @@ def about(slot, entry):
     return {slot: entry["word"]} | {f"{slot}.{column}": cell for column, cell in entry.items()}
 
 
-def choose_scene(world, rng, word, values, talk, taken, before):
+def choose_scene(world, rng, word, values, talk, taken, before, spoken=False):
     """The text of a scene that brings in the word. values: of the story; taken: words that the scene's other slots must
-    keep clear of; before: the scenes that the story has, to which this one is added."""
+    keep clear of; before: the scenes that the story has, to which this one is added; spoken: it is to have speech."""
     name = HERO if values["hero"] == word["word"] else word["class"] if word["class"] in world["scenes"] else ANY
     scenes = [scene for scene in world["scenes"][name] if (talk or not scene["speech"]) and scene not in before]
+    scenes = [scene for scene in scenes if scene["speech"] or not spoken] or scenes
     word_first = [scene for scene in scenes if scene["first"]]
     scene = rng.choice(word_first if word_first and rng.random() < WORD_FIRST else scenes)
     before.append(scene)
@@ -354,10 +355,10 @@ def choose_scene(world, rng, word, values, talk, taken, before):
     return fill(choose(scene["parts"], rng), own)
 
 
-def scenes(world, rng, words, values, talk, taken):
-    """The text of a scene for each word, in their order."""
+def scenes(world, rng, words, values, talk, taken, spoken=False):
+    """The text of a scene for each word, in their order. spoken: the first is to have speech."""
     used = []
-    return [choose_scene(world, rng, word, values, talk, taken, used) for word in words]
+    return [choose_scene(world, rng, word, values, talk, taken, used, spoken and not used) for word in words]
 
 
 def length(plot):
@@ -476,8 +477,9 @@ def open_summary(world, rng, words, held_out):
 
 
 def retell(world, rng, words, sentence, talk, dialogue, held_out):
-    """As `tell`, of a summary that somebody else wrote: it is told in its own words, then come details of what happens
-    in it, or, where that is not known, an ending. Where dialogue is asked for, the first of them has it."""
+    """As `tell`, of a summary that somebody else wrote: it is told in its own words, then comes a scene for each asked
+    word, or else for something that it names and for the hero. Where dialogue is asked for, the first of them has
+    speech."""
     told, features, values = open_summary(world, rng, words, held_out)
     summary = "，".join(told) + "。"
     words, there = list(words), words_in(summary, words_to_ask_for())
@@ -486,21 +488,12 @@ def retell(world, rng, words, sentence, talk, dialogue, held_out):
             free = [entry for entry in there
                     if not held_out and not clashes(entry["word"], [other["word"] for other in words])]
             words[i] = rng.choice(free or [word])
-    happening = [some for pattern, some in world["happenings"] if pattern.search(summary)]
-    details = rng.sample(happening, min(len(happening), DETAILS))
-    if not details:
-        glad = features and rng.random() < 0.5
-        details = [world["details"][HERO if dialogue else SAD if "坏结局" in features else GLAD if glad else CLOSING]]
-    taken = [word["word"] for word in words] + [values["hero"], values["hero.kind"]]
-    parts = introduce(scenes(world, rng, words, values, talk, taken), values["hero"], values["hero.full"]) + [summary]
-    for i, some in enumerate(details):
-        texts = [fill(choose(phrasing["parts"], rng), values) for phrasing in some]
-        if dialogue and i == 0:
-            texts = list(filter(has_dialogue, texts)) or texts
-        elif not talk:
-            texts = [text for text in texts if "“" not in text]
-        parts.append(rng.choice(texts))
-    return sentence + "".join(parts), summary, {
+    hero = {"word": values["hero"]}
+    things = [entry for entry in words_in(summary) if not clashes(entry["word"], [hero["word"], values["hero.full"]])]
+    named = words or rng.sample(things, min(len(things), 1)) + [hero]
+    taken = [word["word"] for word in named] + [values["hero"], values["hero.kind"]]
+    parts = scenes(world, rng, named, values, talk, taken, spoken=dialogue)
+    return sentence + summary + LATER + "".join(parts), summary, {
         "words": words, "plot": None, "features": features, "values": values, "drawn": [],
         "parts_of_speech": {entry["word"]: world["lexicon"][entry["class"]]["pos"] for entry in there}}
 

@@ -3,9 +3,7 @@
 lexicon.toml   closed classes of words: any word of a class fits wherever the class stands in a plot
 words.toml     open classes: thousands of words by kind, for open plots, scenes and sentences
 plots/, open/  one plot a file; those of open/ are short and have slots of open classes
-scenes.toml    a sentence or two that bring in a word, before the plot
-happenings.toml  what stands behind a summary that is retold: details of what happens in it
-details.toml   others, about the hero, and endings
+scenes.toml    a sentence or two that bring in a word, before the plot or behind a summary
 sentences.toml plain sentences that stand alone
 
 lexicon.toml and plots/lost.toml begin with an explanation of the format.
@@ -27,16 +25,14 @@ LANGUAGE = ROOT / "data"        # the folder of the files above
 POS = ("noun", "verb", "adj")
 ANY = "任何"                    # scenes for any word, whatever its class
 HERO = "主角"                   # the class of open plots' heroes; scenes for the hero, where it is what is asked for
-CLOSING, GLAD, SAD = "结尾", "高兴的结尾", "难过的结尾"  # headings of details.toml
 HELD_OUT = 14                   # one in so many words of the open classes is held out: see `load_classes`
-LEAST = 6                       # scenes of a class, details of a kind, without speech: a story has no scene twice
+LEAST = 6                       # scenes of a class without speech: a story has no scene twice
 CHARACTER = ("full", "ta")      # {hero.full} 小兔豆豆, {hero.ta} 它; {hero.kind} where the class has names
 
 
 def load(folder=LANGUAGE):
-    """-> {"lexicon": {class: …}, "plots": […], "scenes": {class: [phrasing, …]}, "details": {heading: [phrasing, …]},
-    "happenings": [(pattern, [phrasing, …]), …], "sentences": [phrasing, …]}: what load_classes, load_plot,
-    load_phrasings and load_happenings give. Raises ValueError."""
+    """-> {"lexicon": {class: …}, "plots": […], "scenes": {class: [phrasing, …]}, "sentences":
+    [phrasing, …]}: what load_classes, load_plot and load_phrasings give. Raises ValueError."""
     return _load(Path(folder))
 
 
@@ -66,11 +62,6 @@ def _load(folder):
             table["held_out"].remove(entry)
             table["entries"].append(entry)
     scenes, sentences = (load_phrasings(folder / name, lexicon) for name in ("scenes.toml", "sentences.toml"))
-    path = folder / "details.toml"
-    details = load_phrasings(path, lexicon)
-    for name in dict.fromkeys((*details, HERO, CLOSING, GLAD, SAD)):
-        check_details(details.get(name, []), f"{path}: [{name}]")
-    happenings = load_happenings(folder / "happenings.toml", lexicon)
     for name, phrasings in ({ANY: [], HERO: []} | scenes).items():
         where = f"{folder / 'scenes.toml'}: [{name}]"
         for i, phrasing in enumerate(phrasings, 1):
@@ -83,8 +74,8 @@ def _load(folder):
             if phrasing["speech"] or "hero" in phrasing["slots"]:
                 where = f"{folder / 'sentences.toml'}: [{name}] {i}"
                 raise ValueError(f"{where}: {phrasing['text']!r} does not stand alone: it has speech or the hero in it")
-    return {"lexicon": lexicon, "plots": list(plots.values()), "scenes": scenes, "details": details,
-            "happenings": happenings, "sentences": [phrasing for group in sentences.values() for phrasing in group]}
+    return {"lexicon": lexicon, "plots": list(plots.values()), "scenes": scenes,
+            "sentences": [phrasing for group in sentences.values() for phrasing in group]}
 
 
 def read_toml(path):
@@ -263,32 +254,6 @@ def load_phrasings(path, lexicon):
                                     "speech": "“" in text, "text": text, "slot": about,
                                     "first": text.lstrip("“‘").startswith(f"{{{about}}}")})
     return groups
-
-
-def load_happenings(path, lexicon):
-    """[(a pattern found in summaries in which it happens, [{"parts", "speech", "text"}, …]), …]"""
-    happenings = []
-    for heading, table in read_toml(path).items():
-        where = f"{path}: [{heading}]"
-        check_fields(table, where, {"match": list, "say": list}, {})
-        if not all(isinstance(word, str) and word for word in table["match"]):
-            raise ValueError(f"{where}: match must be a list of strings")
-        compiled = Slots({"hero": HERO}, lexicon, where).phrasings(table["say"], where)
-        phrasings = [{"parts": parts, "speech": "“" in text, "text": text}
-                     for parts, text in zip(compiled, table["say"])]
-        check_details(phrasings, where)
-        happenings.append((re.compile("|".join(map(re.escape, table["match"]))), phrasings))
-    return happenings
-
-
-def check_details(phrasings, where):
-    """Are there some without speech, some with it, for stories that begin with dialogue, and no slots but the hero?"""
-    for phrasing in phrasings:
-        if {part.partition(".")[0] for part in phrasing["parts"] if isinstance(part, Slot)} - {"hero"}:
-            raise ValueError(f"{where}: {phrasing['text']!r} has another word in it")
-    speaking = sum(phrasing["speech"] for phrasing in phrasings)
-    if not speaking or len(phrasings) - speaking < LEAST:
-        raise ValueError(f"{where}: fewer than {LEAST} sentences without speech, or none with it")
 
 
 # -----------------------------------------------------------------------------

@@ -85,8 +85,6 @@ def world_lines(world, stories):
         f"{sum(len(table['entries']) for table in words):,}, {len(generate.held_out_words())}")
     yield "scenes, fewest of a class", (f"{sum(map(len, world['scenes'].values())):,}, "
                                         f"{min(map(len, world['scenes'].values()))}")
-    yield "details behind a summary that is retold: of what happens, others", (
-        f"{sum(len(some) for _, some in world['happenings'])}, {sum(map(len, world['details'].values()))}")
     yield "summaries that are retold, for training and for judging", ", ".join(
         str(len(generate.authored_summaries(split))) for split in ("train", "heldout"))
     yield "shapes of free sentences", len(world["sentences"])

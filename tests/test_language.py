@@ -58,12 +58,6 @@ def test_open_plots_are_many_and_varied(world):
     assert len(central) >= 8 and max(central.values()) < len(plots) / 2
 
 
-def test_happenings_are_found_in_many_summaries(world):
-    summaries = ["".join(clauses) for clauses, _ in generate.authored_summaries("train")]
-    found = [sum(bool(pattern.search(summary)) for summary in summaries) for pattern, _ in world["happenings"]]
-    assert min(found) >= 1 and sum(found) > len(summaries)
-
-
 # ---- bad files ----
 
 HERO_SCENE = '["主角"]\nsay = [\n'
@@ -113,13 +107,6 @@ SCENE, WORD = '["东西"]\nsay = [\n', '["东西"]\nopen = true'
     ("scenes.toml", SCENE, '["东西"]\nsya = [\n', "[东西]: field 'say' is missing"),
     ("scenes.toml", SCENE, '["东东"]\nsay = [\n', "[东东]"),
     ("scenes.toml", HERO_SCENE, HERO_SCENE + '"{动物}来了。",\n', "[主角] 1: no {hero} in '{动物}来了。'"),
-    ("details.toml", HERO_SCENE, HERO_SCENE + '"{hero.n}来了。",\n', "[主角] 1, phrasing 1: unknown slot {hero.n}"),
-    ("details.toml", HERO_SCENE, HERO_SCENE + '"{hero}和{动物}。",\n', "[主角]: '{hero}和{动物}。' has another"),
-    ("details.toml", '["结尾"]', '["末尾"]', "[结尾]: fewer than"),
-    ("happenings.toml", "match = [", "match = [3, ", "[找]: match must be a list of strings"),
-    ("happenings.toml", "match = [", "mach = [", "[找]: field 'match' is missing"),
-    ("happenings.toml", "say = [", 'say = ["{thong}在哪儿？", ', "[找], phrasing 1: unknown slot {thong}"),
-    ("happenings.toml", "say = [", 'say = ["{thing}在哪儿？", ', "[找]: '{thing}在哪儿？' has another word in it"),
     ("sentences.toml", "say = [\n", 'say = [\n"“下雨啦！”{人物}说。",\n', "does not stand alone"),
     ("sentences.toml", "say = [\n", 'say = [\n"{hero}说要下雨。",\n', "does not stand alone"),
     ("sentences.toml", "say = [\n", 'say = [\n"{人物说要下雨。",\n', "brace"),
