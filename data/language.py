@@ -189,9 +189,10 @@ class Slots:
             self.tables[name] = tables_of(self.lexicon, name, self.where)
         if name in self.tables and name not in self.columns:
             of_characters = {"kind", *CHARACTER}
+            firsts = [(table, table["entries"][0]) for table in self.tables[name]]  # the others have the same columns
             self.columns[name] = set.intersection(*(
                 set(entry) - {"class"} | (of_characters if table["names"] or "ta" in entry else set())
-                for table in self.tables[name] for entry in table["entries"]))
+                for table, entry in firsts))
         return slot == "they" or (name in self.columns and (not column or column in self.columns[name]))
 
     def compile(self, text, where):
