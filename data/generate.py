@@ -48,8 +48,8 @@ STORY_CHARS = {"short": (40, 380), "long": (120, 430)}   # by `length` of the pl
 LEAST_RECURRENCE = {"short": 2, "long": 3}
 SUMMARY_CHARS = 8, 60
 SENTENCE_CHARS = 5, 30          # of the sentence that serves as 随机句子
-DIALOGUE = 0.35                 # share of stories with features that are told for 对话, and begin with it
-TALK = 0.64                     # share of stories that may use phrasings with speech in them
+DIALOGUE = 0.5                  # share of stories with features that are told for 对话, and begin with it
+TALK = 0.64                     # share of stories without features that may use phrasings with speech in them
 OPEN_PLOTS = 0.95               # share of stories that have an open plot
 LEAK = 8                        # no training text shares so many characters in a row with what models are judged by
 ASKED_WORDS = 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5
@@ -536,8 +536,8 @@ def compose(world, rng, asked=(), held_out=False, like=None):
     sentence = free_sentence(world, rng, held_out) if SENTENCE in asked else ""
     first = {WORDS: words and words[0]["word"], SENTENCE: sentence}
     key = next((first[k][0] for k in asked if first.get(k)), "")
-    dialogue = FEATURE in asked and rng.random() < DIALOGUE
-    talk = dialogue or rng.random() < TALK
+    dialogue = FEATURE in asked and (held_out or rng.random() < DIALOGUE)  # the only feature that can be judged
+    talk = dialogue or (FEATURE not in asked and rng.random() < TALK)  # asked for something else: without speech
     for i in range(TRIES):
         try:
             if SUMMARY in asked:
