@@ -273,7 +273,7 @@ def orders(text):
 def parse_args(argv=None):
     parser = common.command_line("Real instruction data in, clean and leak-free training data out.")
     flag = parser.add_argument
-    flag("files", nargs="+", type=to_path, metavar="IN", help="JSON, JSONL or TinyStories-Instruct text, in any mix")
+    flag("files", nargs="+", type=to_path, metavar="IN", help="JSON, JSONL, .csv, .tsv, stories as .txt, TinyStories-Instruct text, in any mix")
     flag("--out", type=to_path, required=True, help="directory for train.jsonl, val.jsonl, rejected.jsonl, report.json")
     flag("--encoding", type=codec, default="utf-8", help="of IN, say gb18030 (default: %(default)s)")
     flag("--overwrite", action="store_true", help="replace --out")
@@ -308,9 +308,10 @@ def main(argv=None):
         raise SystemExit(130) from None
     except (ValueError, OSError) as e:
         fail(e)
-    rows, sides = report["rows"], report["split"]
-    print(f"{report['records']:,} records, {sum(report['rejected'].values()):,} rejected; {sides['train_records']:,} "
-          f"of {sides['train_stories']:,} stories to train on, {sides['val_records']:,} for validation")
+    rows, sides, rejected = report["rows"], report["split"], report["rejected"]
+    why = f" (most often: {max(rejected, key=rejected.get)}; all in rejected.jsonl)" if rejected else ""
+    print(f"{report['records']:,} records, {sum(rejected.values()):,} rejected{why}; for training "
+          f"{sides['train_records']:,}, of {sides['train_stories']:,} stories, for validation {sides['val_records']:,}")
     print(f"{rows['after']:,} rows, {rows['per_record']} a record; all in {args.out}")
 
 

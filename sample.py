@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import find_model, load_model
-from constraints import LIST_KEYS, check, outcomes, parse
+from constraints import KEYS, LIST_KEYS, check, outcomes, parse
 from dataset import encode_prompt, in_batches
 from decoding import generate, stream
 from force import steer_to
@@ -51,7 +51,10 @@ JSON = re.compile(r"\s*(\{|\[\s*[{\]])")  # how a file of records begins; [词�
 
 
 def encode_request(tokenizer, kind, text, block_size):
-    """An instruction, or the plain opening of a story, -> ids. Raises ValueError if it leaves no room for a story."""
+    """An instruction, or the plain opening of a story, -> ids. Raises ValueError if it is no text, or leaves no room
+    for a story."""
+    if SURROGATE.search(text):
+        raise ValueError("a prompt holds half of a surrogate pair, which is no character: is it UTF-8?")
     # base models read stories with EOS between them, so EOS is what stands before a story without an opening
     ids = encode_prompt(tokenizer, text) if kind == "instruction" else tokenizer.encode(text) or [tokenizer.eos_id]
     if len(ids) >= block_size:
@@ -135,7 +138,8 @@ def print_story(model, tokenizer, kind, text, max_new_tokens, seed, sampling, be
                              samples=best_of)
         story, told = best(model, tokenizer, prompt, constraints, drawn, max_new_tokens)
         print(story)
-    if lines := list(filter(None, (marks(check(story, constraints)), told))):
+    unread = kind == "instruction" and not constraints and f"no line of this request begins with {'：, '.join(KEYS)}："
+    if lines := list(filter(None, (marks(check(story, constraints)), told, unread))):
         print("", *lines, sep="\n")
 
 
@@ -223,7 +227,7 @@ def converse(model, tokenizer, args):
     while True:
         ended = False
         try:
-            line = input("  " if lines else "> ")
+            line = input(("  " if lines else "> ") if sys.stdin.isatty() else "")
         except EOFError:
             line, ended = "", True
         except KeyboardInterrupt:
@@ -290,6 +294,8 @@ def parse_args(argv=None):
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.add_argument("--dtype", choices=["32-true", "bf16-true"], default="32-true", help="(default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.best_of > 1 and args.temperature == 0:
+        fail(f"--best-of {args.best_of}: at --temperature 0 all draws are the same")
     if args.out and (not args.file or args.out.is_dir()):
         fail("--out is a file, and goes with --file")
     if args.out and args.out.exists() and args.file.exists() and args.out.samefile(args.file):
@@ -304,9 +310,6 @@ def main(argv=None):
     requests = [("instruction", text.replace("\\n", "\n")) for text in args.instruction]
     requests += [("prompt", text) for text in args.prompt]
     try:
-        for _, text in requests:
-            if SURROGATE.search(text):
-                raise ValueError("a prompt holds half of a surrogate pair, which is no character")
         if args.out:
             common.check_writable(args.out.parent)  # before the work
         ckpt = find_model(args.ckpt, args.adapter)

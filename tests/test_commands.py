@@ -252,6 +252,8 @@ def test_the_best_of_several_draws_is_shown(say, tok, tmp_path, monkeypatch):
     shown = say("--file", path, "--best-of", "3")
     assert "of 3 meet everything" in shown and "the likeliest of 3: nothing that can be checked" in shown
     assert "of 3 meet everything" in say("--instruction", "词汇：铲子，猫", "--best-of", "3")
+    assert "no line of this request begins with 词汇：, 特点：, " in say("--instruction", "词会：铲子")
+    assert "no line" not in say("--instruction", "词汇：铲子", "--prompt", "小猫")
     assert say("--best-of", "2").count("─" * 60) == 8
     drawn_with = []
     with monkeypatch.context() as patch:
@@ -329,13 +331,14 @@ BAD_FLAGS = [
     (sample, ["--top-p", "0"], "--top-p"), (sample, ["--top-p", "1.5"], "--top-p"),
     (sample, ["--top-k", "-1"], "--top-k"), (sample, ["--max-new-tokens", "0"], "--max-new-tokens"),
     (sample, ["--best-of", "0"], "--best-of"), (sample, ["--best-of", "1.5"], "--best-of"),
+    (sample, ["--best-of", "2", "--temperature", "0"], "the same"),
     (sample, ["--adapter-scale", "nan"], "--adapter-scale"), (sample, ["--adapter-scale", "inf"], "--adapter-scale"),
     (sample, ["--temperature", "inf"], "--temperature"), (sample, ["--seed", str(2**63)], "--seed"),
     (sample, ["--device", "meta"], "--device"), (sample, ["--instruction", "词汇：\udcff"], "surrogate"),
     (sample, ["--prompt", "\ud83d"], "surrogate"), (train_sft, ["--replay", "0.99999999"], "--replay"),
     (sample, ["--out", "x.jsonl"], "--file"), (sample, ["--guidance-scale", "1.5"], "--guidance-scale"),
     (sample, ["--dtype", "fp8"], "--dtype"), (sample, ["--device", "abacus"], "--device"),
-    (sample, ["--ckpt", "nowhere"], "nowhere"), (sample, ["--file", "nowhere.txt"], "nowhere.txt"),
+    (sample, ["--ckpt", "nowhere"], "nowhere"), (sample, ["--file", "nowhere.txt"], "nowhere.txt: No such file"),
     (sample, ["--nonsense"], "--nonsense"), (sample, ["--instruction", "长" * 300], "no room"),
     (sample, ["--file", ".", "--out", "."], "--out"), (train_sft, ["--seed", "-1"], "--seed"),
     (train_sft, ["--out", sample.__file__], "--out"),
