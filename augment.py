@@ -273,7 +273,8 @@ def orders(text):
 def parse_args(argv=None):
     parser = common.command_line("Real instruction data in, clean and leak-free training data out.")
     flag = parser.add_argument
-    flag("files", nargs="+", type=to_path, metavar="IN", help="JSON, JSONL, .csv, .tsv, stories as .txt, TinyStories-Instruct text, in any mix")
+    flag("files", nargs="+", type=to_path, metavar="IN",
+         help="JSON, JSONL, .csv, .tsv, stories as .txt, TinyStories-Instruct text, in any mix")
     flag("--out", type=to_path, required=True, help="directory for train.jsonl, val.jsonl, rejected.jsonl, report.json")
     flag("--encoding", type=codec, default="utf-8", help="of IN, say gb18030 (default: %(default)s)")
     flag("--overwrite", action="store_true", help="replace --out")
