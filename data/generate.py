@@ -65,6 +65,7 @@ MAIN_CHARACTERS = "hero", "pal", "friend"
 TOPICS = "东西", "大件", "车船", "吃的", "喝的", "植物", "动物", "人物", "地方"
 PERSONS = "动物", "人物"         # those of them who act, and can have a name
 SPLICED_SUMMARY = 0.2           # share of asked summaries whose clauses are of several
+SHORT_SUMMARY = 0.4             # share of the asked summaries that end early: people write short ones, too
 NAMED_HERO = 0.6                # share of these heroes that are drawn as those of plots are: many have a name
 OTHER_WORDS = 0.6               # share of a summary's nouns that are exchanged for others of their class
 LATER = "后来，"                # between a summary and the scenes
@@ -445,12 +446,14 @@ def protagonist_of(parts):
 
 def open_summary(world, rng, words, held_out):
     """A summary that no model knows by heart -> (clauses, features, {"hero": …}): an authored one, sometimes spliced,
-    with another hero and other things in it, those that are asked for first. The hero is whom the first clause
-    names."""
+    sometimes only its beginning, with another hero and other things in it, those that are asked for first. The hero is
+    whom the first clause names."""
     pool = authored_summaries("heldout" if held_out else "train")
     parts, features = rng.choice(pool)
     if not held_out and rng.random() < SPLICED_SUMMARY:
         parts, features = parts[:1] + [rng.choice(rng.choice(pool)[0]) for _ in parts[1:]], set()
+    if rng.random() < SHORT_SUMMARY:  # its features come at its end
+        parts, features = parts[:rng.randint(1, len(parts))], set()
     there = {entry["word"]: entry for clause in parts for entry in words_in(clause)}
     others, waiting = {}, [word for word in words if len(word["word"]) > 1]
     for entry in there.values():

@@ -230,10 +230,21 @@ def test_summaries_of_training_and_of_judging_are_of_other_stories(world):
     assert len({record["summary"] for record in records}) > 0.95 * len(records)
 
 
+def test_summaries_are_long_and_short_ones_without_a_feature(world):
+    records = [generate.compose(world, random.Random(f"short-{i}"), ("摘要",))[0] for i in range(300)]
+    lengths = [len(record["summary"]) for record in records]
+    assert sum(n < 20 for n in lengths) > 30 and sum(n > 30 for n in lengths) > 100
+    whole = {clauses[-1] for clauses, _ in generate.authored_summaries("train")}
+    ends = [generate.open_summary(world, random.Random(i), [], False) for i in range(300)]
+    assert any(parts[-1] not in whole for parts, _, _ in ends)
+    assert not [parts for parts, features, _ in ends if features and len(parts) == 1]
+
+
 def test_another_hero_comes_with_its_pronoun_and_its_measure_word(world, monkeypatch):
     monkeypatch.setattr(generate, "authored_summaries", lambda split: [(["一只小猫找它的球", "球在一把雨伞下"], set())])
     monkeypatch.setattr(generate, "OTHER_WORDS", 1)
     monkeypatch.setattr(generate, "SPLICED_SUMMARY", 0)
+    monkeypatch.setattr(generate, "SHORT_SUMMARY", 0)
     summaries = {"，".join(generate.open_summary(world, random.Random(i), [], False)[0]) for i in range(200)}
     assert len(summaries) > 150 and not [s for s in summaries if "他的" in s or "她的" in s]
     thing = world["lexicon"]["东西"]["by_word"]
