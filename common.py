@@ -75,9 +75,14 @@ seed_number = number(int, lambda value: 0 <= value < 2**63, "is outside 0 to 2^6
 
 
 def to_path(text):
-    """A type for argparse: a Path. An empty one is an unset variable of the shell, and would be the current folder."""
+    """A type for argparse: a Path. An empty one is an unset variable of the shell, and would be the current folder; one
+    that is not UTF-8 could not be written into args.json."""
     if not text:
         raise argparse.ArgumentTypeError("an empty path")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"the path {text!r} is not UTF-8") from None
     return Path(text)
 
 

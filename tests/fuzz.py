@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from common import to_path  # noqa: E402
+
 import torch  # noqa: E402
 from conftest import STORIES, random_model, tiny_config  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -225,8 +227,9 @@ def flags(folder, rng):
     with_value = [action for action in parsers[0]._actions if action.nargs != 0 and action.option_strings]
     action = rng.choice([a for a in with_value if a.dest not in ("instruction", "prompt", "log")])
     flag, value = action.option_strings[-1], rng.choice(WRONG_FLAGS)
+    bad_path = value in ("", "\udcff")  # the others are names of folders
     return main, [*argv, f"{flag}={value}"], f"{main.__module__} {flag}={value!r}", (
-        action.type is not None and value not in ("9" * 30, " "))  # a large number, and the name of a folder
+        bad_path if action.type is to_path else action.type is not None and value != "9" * 30)  # a large number
 
 
 KINDS = data, config, weights, adapter, state, flags

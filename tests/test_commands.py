@@ -341,7 +341,7 @@ BAD_FLAGS = [
     (sample, ["--ckpt", "nowhere"], "nowhere"), (sample, ["--file", "nowhere.txt"], "nowhere.txt: No such file"),
     (sample, ["--nonsense"], "--nonsense"), (sample, ["--instruction", "长" * 300], "no room"),
     (sample, ["--file", ".", "--out", "."], "--out"), (train_sft, ["--seed", "-1"], "--seed"),
-    (train_sft, ["--out", sample.__file__], "--out"),
+    (train_sft, ["--out", sample.__file__], "--out"), (train_sft, ["--out", "x\udcff"], "not UTF-8"),
     (train_sft, ["--dtype", "fp8"], "--dtype"), (train_sft, ["--lr", "-1"], "--lr"),
     (train_sft, ["--lr", "x"], "--lr: invalid float value: 'x'"),
     (train_sft, ["--val-fraction", "1"], "--val-fraction"), (train_sft, ["--batch-size", "0"], "--batch-size"),
