@@ -7,9 +7,8 @@ it; the loss is the model's own, each story weighted by its advantage; the valid
 fixed instructions, so the run keeps the model of the best reward.
 
 Each story is used for one update, so there is no ratio of old and new probabilities, and nothing to clip. The baseline
-is the mean of the group; advantages are not divided by its standard deviation (Dr. GRPO, arXiv 2503.20783). A group
-whose stories are all equally good has no gradient and is left out (DAPO, arXiv 2503.14476). Every token of a step
-counts alike.
+is the mean of the group; advantages are not divided by its standard deviation (Dr. GRPO, arXiv 2503.20783). Groups of
+equally good stories have no gradient and are left out (DAPO, arXiv 2503.14476). All tokens of a step count alike.
 --algo rft is rejection sampling instead (RAFT, arXiv 2504.11343): stories that meet everything, and a quarter of data.
 """
 import re
