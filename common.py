@@ -44,7 +44,7 @@ def command_line(description, prog=None):
 
 def fail(message):
     """End the command for a user error (a text, or what was raised): one clear line, exit code 2, no traceback."""
-    if isinstance(message, OSError) and message.filename:  # without its number
+    if isinstance(message, OSError) and message.filename and message.strerror:  # without its number
         message = f"{message.filename}: {message.strerror}"
     if rank() == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)

@@ -46,6 +46,7 @@ CASES = [
 ]
 BEST_OF_TEMPERATURE = 0.7
 INTERACTIVE = "temperature", "top-p", "top-k", "best-of", "max-new-tokens", "seed"  # flags that /… sets
+UNREAD = f"no line of this request begins with {'：, '.join(KEYS)}："  # a typing mistake, or no constraints
 BATCH = 64  # stories that are written at once
 JSON = re.compile(r"\s*(\{|\[\s*[{\]])")  # how a file of records begins; [词汇]：… is the text of a prompt
 
@@ -138,8 +139,8 @@ def print_story(model, tokenizer, kind, text, max_new_tokens, seed, sampling, be
                              samples=best_of)
         story, told = best(model, tokenizer, prompt, constraints, drawn, max_new_tokens)
         print(story)
-    unread = kind == "instruction" and not constraints and f"no line of this request begins with {'：, '.join(KEYS)}："
-    if lines := list(filter(None, (marks(check(story, constraints)), told, unread))):
+    unread = kind == "instruction" and not constraints
+    if lines := list(filter(None, (marks(check(story, constraints)), told, unread and UNREAD))):
         print("", *lines, sep="\n")
 
 
@@ -200,8 +201,9 @@ def continue_file(model, tokenizer, instructions, max_new_tokens, seed, sampling
     print(f"{len(stories)} stories{draws}, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s; "
           f"met: {counts(met) or 'nothing that can be checked'}", file=sys.stderr)
     if out is None:
-        for text, (story, told), result in zip(instructions, chosen, met):
-            print("─" * 60, text, "", story, "", *filter(None, (marks(result), told)), sep="\n")
+        for text, constraints, (story, told), result in zip(instructions, asked, chosen, met):
+            lines = filter(None, (marks(result), told, not constraints and UNREAD))
+            print("─" * 60, text, "", story, "", *lines, sep="\n")
         return
     common.write_jsonl(out, ({"instruction": text, "output": story, "met": result}
                              for text, story, result in zip(instructions, stories, met)))

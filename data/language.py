@@ -31,8 +31,8 @@ CHARACTER = ("full", "ta")      # {hero.full} 小兔豆豆, {hero.ta} 它; {hero
 
 
 def load(folder=LANGUAGE):
-    """-> {"lexicon": {class: …}, "plots": […], "scenes": {class: [phrasing, …]}, "sentences":
-    [phrasing, …]}: what load_classes, load_plot and load_phrasings give. Raises ValueError."""
+    """-> {"lexicon": {class: …}, "plots": […], "scenes": {class: [phrasing, …]}, "sentences": [phrasing, …]}: what
+    load_classes, load_plot and load_phrasings give. Raises ValueError."""
     return _load(Path(folder))
 
 

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from urllib.error import HTTPError
 
 import common
 
@@ -254,6 +255,8 @@ def test_the_best_of_several_draws_is_shown(say, tok, tmp_path, monkeypatch):
     assert "of 3 meet everything" in say("--instruction", "词汇：铲子，猫", "--best-of", "3")
     assert "no line of this request begins with 词汇：, 特点：, " in say("--instruction", "词会：铲子")
     assert "no line" not in say("--instruction", "词汇：铲子", "--prompt", "小猫")
+    path.write_text("词汇：铲子，猫\n\n词会：铲子", encoding="utf-8")
+    assert say("--file", path).count("no line of this request begins with") == 1
     assert say("--best-of", "2").count("─" * 60) == 8
     drawn_with = []
     with monkeypatch.context() as patch:
@@ -325,6 +328,14 @@ def test_a_prompt_may_begin_with_a_bracket(tmp_path):
 
 
 # ---- bad input: one line, exit code 2, nothing written ----
+
+def test_an_error_of_the_system_is_said_without_its_number_and_others_as_they_are(capsys):
+    for error, expected in ((FileNotFoundError(2, "No such file", "x.json"), "x.json: No such file"),
+                            (HTTPError("http://x", 404, "Not Found", None, None), "HTTP Error 404: Not Found")):
+        with pytest.raises(SystemExit):
+            common.fail(error)
+        assert capsys.readouterr().err.endswith(f"error: {expected}\n")
+
 
 BAD_FLAGS = [
     (sample, ["--temperature", "-0.1"], "--temperature"), (sample, ["--temperature", "nan"], "--temperature"),
