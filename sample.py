@@ -6,6 +6,7 @@
     python sample.py --prompt "从前有一只小猫"
     python sample.py --file prompts.txt --out stories.jsonl
 """
+import argparse
 import contextlib
 import re
 import sys
@@ -45,7 +46,7 @@ CASES = [
     ("instruction", f"{TWO_WORDS}\n{CLOUDS}\n{ANT}", COMBINED),
 ]
 BEST_OF_TEMPERATURE = 0.7
-INTERACTIVE = "temperature", "top-p", "top-k", "best-of", "max-new-tokens", "seed"  # flags that /… sets
+INTERACTIVE = "temperature", "top-p", "top-k", "best-of", "force", "no-force", "max-new-tokens", "seed"  # set by /…
 UNREAD = f"no line of this request begins with {'：, '.join(KEYS)}："  # a typing mistake, or no constraints
 BATCH = 64  # stories that are written at once
 JSON = re.compile(r"\s*(\{|\[\s*[{\]])")  # how a file of records begins; [词汇]：… is the text of a prompt
@@ -244,10 +245,11 @@ def converse(model, tokenizer, args):
             try:
                 if name not in INTERACTIVE:
                     fail(f"/{name}: there are {', '.join('/' + known for known in INTERACTIVE)}, /quit")
-                new = parse_args([f"--{name}={value.strip()}"])
+                new = parse_args([f"--{name}", *value.split()])
             except SystemExit:  # it has said what is wrong
                 continue
-            setattr(args, name.replace("-", "_"), getattr(new, name.replace("-", "_")))
+            flag = name.removeprefix("no-").replace("-", "_")
+            setattr(args, flag, getattr(new, flag))
             told = 0 if name == "seed" else told
         elif line.strip():
             lines.append(line)
@@ -288,7 +290,7 @@ def parse_args(argv=None):
     parser.add_argument("--top-p", type=number(float, lambda p: 0 < p <= 1, "is outside (0, 1]"),
                         help=f"in (0, 1] (default: {SINGLE['top_p']})")
     parser.add_argument("--top-k", type=not_negative(int), help=f"0 is off (default: {SINGLE['top_k']})")
-    parser.add_argument("--force", action="store_true",
+    parser.add_argument("--force", action=argparse.BooleanOptionalAction, default=False,
                         help="asked words and the sentence become likelier the longer a story does without them")
     parser.add_argument("--max-new-tokens", type=positive(int), default=400, help="(default: %(default)s)")
     parser.add_argument("--seed", type=seed_number, default=1337, help="(default: %(default)s)")

@@ -25,6 +25,11 @@ from dataset import next_token_loss, total_loss
 from records import read_instructions, read_stories, split_by_story
 from sample import print_cases
 
+# Adam's epsilon for embedding and head. The gradient of a piece that does not come is tiny and the same for all such
+# pieces: less of it. At the usual 1e-8 Adam makes as large a step of it as of any other, so rare pieces end up in one
+# place, and a model that copies mistakes one for another.
+PIECES, PIECES_EPS = ("model.embed_tokens.weight", "lm_head.weight"), 1e-5
+
 
 def get_lr(step, total, warmup, lr, min_lr, decay_rate=1.0):
     """Learning rate of step 1 … total: linear warm-up over `warmup` steps, then a cosine (Loshchilov and Hutter, arXiv
@@ -39,8 +44,11 @@ def get_lr(step, total, warmup, lr, min_lr, decay_rate=1.0):
 def adamw(model, lr=5e-4, weight_decay=0.0, betas=(0.9, 0.95), cls=torch.optim.AdamW, params=None):
     """AdamW (or another class with its arguments) over these parameters, by default all that require gradients."""
     params = [p for p in model.parameters() if p.requires_grad] if params is None else params
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]  # no decay on norm gains
+    names = {id(p): name for name, p in model.named_parameters()}
+    pieces, others = ([p for p in params if (names[id(p)] in PIECES) == chosen] for chosen in (True, False))
+    groups = [{"params": pieces, "weight_decay": weight_decay, "eps": PIECES_EPS},
+              {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]  # no decay on norm gains
     return cls(groups, lr=lr, betas=betas, fused=params[0].device.type in ("cpu", "cuda", "mps", "xpu"))
 
 
@@ -306,9 +314,12 @@ def as_flags(parser, stored, path):
 
 
 def check_out(args):
-    """Before any work. Refuse --val-data without --data, and an --out that cannot be written to, is in use by another
-    run, holds something that is not a run, or holds a run while neither --resume nor --overwrite is given."""
+    """Before any work. Refuse --val-data without --data, a learning rate that would rise, and an --out that cannot be
+    written to, is in use by another run, holds something that is not a run, or holds a run while neither --resume nor
+    --overwrite is given."""
     out = args.out
+    if args.min_lr and args.min_lr > args.lr:
+        raise ValueError(f"--min-lr {args.min_lr} is above --lr {args.lr}")
     if args.val_data and args.data is None:
         raise ValueError("--val-data goes with --data: the built-in corpus has a validation part of its own")
     if out.exists() and not out.is_dir():

@@ -152,7 +152,8 @@ def test_perplexity_of_a_plain_file(tok, tmp_path, capsys):
 
 def test_lines_make_an_instruction_and_a_blank_line_tells_it(model_dir, monkeypatch, capsys):
     typed = iter(["词汇：铲子", "特点：对话", "", "", "/temperature 0", "/top-k 5", "/nonsense 1", "/temperature x",
-                  "/top-p 2", "词汇：铲子", "", "词汇：铲子", "", "长" * 300, "", "\udcb9", "", "/quit", "never read"])
+                  "/top-p 2", "/force", "词汇：铲子", "", "/no-force", "词汇：铲子", "",
+                  "长" * 300, "", "\udcb9", "", "/quit", "never read"])
     monkeypatch.setattr(builtins, "input", lambda prompt: next(typed))
     told = []
     usual = sample.print_story
@@ -164,7 +165,8 @@ def test_lines_make_an_instruction_and_a_blank_line_tells_it(model_dir, monkeypa
     sample.main(["--ckpt", str(model_dir), "-i", "--max-new-tokens", "3", "--device", "cpu", "--seed", "5"])
     assert [text for text, _, _ in told] == ["词汇：铲子\n特点：对话", "词汇：铲子", "词汇：铲子", "长" * 300, "\udcb9"]
     assert [seed for _, seed, _ in told] == [5, 6, 7, 8, 9]
-    assert told[0][2] == sample.SINGLE and told[1][2] == {"temperature": 0, "top_p": 0.9, "top_k": 5}
+    assert told[1][2].pop("steer")
+    assert told[0][2] == sample.SINGLE and told[1][2] == told[2][2] == {"temperature": 0, "top_p": 0.9, "top_k": 5}
     said = capsys.readouterr()
     assert "no room" in said.out and "surrogate" in said.out and next(typed) == "never read"
     assert [word in said.err for word in ("/nonsense", "--temperature", "--top-p")] == [True] * 3

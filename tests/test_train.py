@@ -234,6 +234,20 @@ def test_a_group_of_parameters_may_have_a_learning_rate_of_its_own(tmp_path, tok
         assert torch.equal(p, before[name]) != name.endswith("norm.weight"), name
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_piece_that_does_not_come_hardly_moves(tied, tok):
+    model = random_model(tiny_config(tok.vocab_size, tie_embeddings=tied))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e-7)  # of a likelihood near 0
+        p.grad[:4] = 1e-3
+    train_sft.adamw(model, lr=1e-3).step()
+    for name, p in model.named_parameters():
+        moved = (p.detach() - before[name]).abs()
+        is_pieces = name in ("model.embed_tokens.weight", "lm_head.weight")
+        assert moved[:4].min() > 9e-4 and (moved[4:].max() < 1e-4) == is_pieces, name
+
+
 def test_resume_refuses_other_data(straight, tmp_path, pairs, refused):
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(r) + "\n" for r in pairs[:30]), encoding="utf-8")
