@@ -313,6 +313,8 @@ def main(argv=None):
     why = f" (most often: {max(rejected, key=rejected.get)}; all in rejected.jsonl)" if rejected else ""
     print(f"{report['records']:,} records, {sum(rejected.values()):,} rejected{why}; for training "
           f"{sides['train_records']:,}, of {sides['train_stories']:,} stories, for validation {sides['val_records']:,}")
+    for what, n in report["changed"].items():
+        print(f"{what}: {n:,}")
     print(f"{rows['after']:,} rows, {rows['per_record']} a record; all in {args.out}")
 
 

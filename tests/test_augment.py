@@ -263,7 +263,7 @@ def test_cleaning_mends_or_drops_and_counts(tmp_path, check, story, mended, coun
     assert run(tmp_path, tmp_path / "in", "--val-fraction", "0")[0][0]["output"] == story
 
 
-def test_labels_that_do_not_hold(tmp_path):
+def test_labels_that_do_not_hold(tmp_path, capsys):
     rows = [{"instruction": "词汇：铲子，月亮\n随机句子：月亮出来了。\n特点：转折", "output": STORY},
             {"instruction": "特点：对话", "output": "谁也没有说话。"},
             {"instruction": "随机句子：天空中飘着几朵白云！", "output": STORY}]
@@ -272,6 +272,7 @@ def test_labels_that_do_not_hold(tmp_path):
     assert [row["constraints"] for row in train] == [{"词汇": ["铲子"], "特点": ["转折"]},
                                                      {"随机句子": "天空中飘着几朵白云！"}]
     assert report["changed"] == {f"left out: {key} that is not in the story": 1 for key in ("词汇", "随机句子")}
+    assert "\nleft out: 词汇 that is not in the story: 1\n" in capsys.readouterr().out
     assert [(row["row"], row["reason"]) for row in rejected] == [
         (2, "no constraints (left out: 特点 that is not in the story)")]
     kept = run(tmp_path, tmp_path / "in", "--clean", "--keep", "labels", "--val-fraction", "0", "--permute", "1")

@@ -157,6 +157,20 @@ def test_a_friend_goes_with_the_hero(world):
     assert times > 40 and sum(n for _, n in friends.most_common(9)) > 0.6 * times and hero not in friends
 
 
+def test_a_word_has_scenes_of_its_own(world):
+    often = {}
+    for word in ("铲子", "雨伞"):  # of one class
+        entry, told = generate.words_to_ask_for()[word], Counter()
+        for i in range(300):
+            before = []
+            values = {"hero": "小明", "hero.ta": "他"}
+            generate.choose_scene(world, random.Random(i), entry, values, False, [word], before)
+            told[before[0]["text"]] += 1
+        often[word] = {text for text, _ in told.most_common(generate.FAVOURITES)}
+        assert 0.7 < sum(told[text] for text in often[word]) / 300 < 0.95 and len(told) > 10
+    assert not often["铲子"] & often["雨伞"]
+
+
 def test_nothing_is_brought_in_that_nobody_asked_for(world):
     scenes = {part for group in world["scenes"].values() for scene in group
               for part in re.split(r"\{[^{}]*\}", scene["text"]) if len(part) > 7}
