@@ -1,8 +1,8 @@
 """Give a model another tokenizer: python study/revocabulary.py base out/tok/tokenizer.model out/widened
 
 The layers are kept. A piece that the old tokenizer also has keeps its embedding; any other gets the mean of the
-embeddings of the old pieces that spell it. Those that are of bytes come out much alike: tell them apart (spread.py), and
-continue pretraining from there (`pretrain.py --init`).
+embeddings of the old pieces that spell it. Those that are of bytes come out much alike: tell them apart (spread.py).
+Then continue pretraining from there (`pretrain.py --init`).
 """
 import sys
 from dataclasses import replace
