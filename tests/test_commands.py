@@ -356,6 +356,7 @@ BAD_FLAGS = [
     (train_sft, ["--dtype", "fp8"], "--dtype"), (train_sft, ["--lr", "-1"], "--lr"),
     (train_sft, ["--lr", "x"], "--lr: invalid float value: 'x'"),
     (train_sft, ["--val-fraction", "1"], "--val-fraction"), (train_sft, ["--batch-size", "0"], "--batch-size"),
+    (train_sft, ["--min-lr", "1"], "--min-lr 1.0 is above --lr"),
     (train_sft, ["--warmup", "-1"], "--warmup"), (train_sft, ["--device", "cuda:77"], "--device"),
     (train_sft, ["--data", "nowhere.jsonl"], "nowhere.jsonl"), (train_sft, ["--data", "."], "train.jsonl"),
     (train_sft, ["--init", "nowhere"], "nowhere"), (train_sft, ["--block-size", "129"], "--block-size"),
