@@ -45,7 +45,8 @@ def adamw(model, lr=5e-4, weight_decay=0.0, betas=(0.9, 0.95), cls=torch.optim.A
     """AdamW (or another class with its arguments) over these parameters, by default all that require gradients."""
     params = [p for p in model.parameters() if p.requires_grad] if params is None else params
     names = {id(p): name for name, p in model.named_parameters()}
-    pieces, others = ([p for p in params if (names[id(p)] in PIECES) == chosen] for chosen in (True, False))
+    pieces = [p for p in params if names[id(p)] in PIECES]
+    others = [p for p in params if names[id(p)] not in PIECES]
     groups = [{"params": pieces, "weight_decay": weight_decay, "eps": PIECES_EPS},
               {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]  # no decay on norm gains
