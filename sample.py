@@ -245,7 +245,7 @@ def converse(model, tokenizer, args):
             try:
                 if name not in INTERACTIVE:
                     fail(f"/{name}: there are {', '.join('/' + known for known in INTERACTIVE)}, /quit")
-                new = parse_args([f"--{name}", *value.split()])
+                new = parse_args(f"--{name} {value}".split(maxsplit=1))
             except SystemExit:  # it has said what is wrong
                 continue
             flag = name.removeprefix("no-").replace("-", "_")

@@ -152,7 +152,7 @@ def test_perplexity_of_a_plain_file(tok, tmp_path, capsys):
 
 def test_lines_make_an_instruction_and_a_blank_line_tells_it(model_dir, monkeypatch, capsys):
     typed = iter(["词汇：铲子", "特点：对话", "", "", "/temperature 0", "/top-k 5", "/nonsense 1", "/temperature x",
-                  "/top-p 2", "/force", "词汇：铲子", "", "/no-force", "词汇：铲子", "",
+                  "/top-p 2", "/seed 9 --top-k 7", "/force", "词汇：铲子", "", "/no-force", "词汇：铲子", "",
                   "长" * 300, "", "\udcb9", "", "/quit", "never read"])
     monkeypatch.setattr(builtins, "input", lambda prompt: next(typed))
     told = []
@@ -169,7 +169,7 @@ def test_lines_make_an_instruction_and_a_blank_line_tells_it(model_dir, monkeypa
     assert told[0][2] == sample.SINGLE and told[1][2] == told[2][2] == {"temperature": 0, "top_p": 0.9, "top_k": 5}
     said = capsys.readouterr()
     assert "no room" in said.out and "surrogate" in said.out and next(typed) == "never read"
-    assert [word in said.err for word in ("/nonsense", "--temperature", "--top-p")] == [True] * 3
+    assert [word in said.err for word in ("/nonsense", "--temperature", "--top-p", "--seed")] == [True] * 4
 
 
 def test_a_story_can_be_stopped_and_what_stands_at_the_end_is_told(model_dir, monkeypatch, capsys):
