@@ -247,6 +247,12 @@ def clauses(text):
     return [clause for clause in re.split("[，。；！？：]", text) if clause]
 
 
+def clauses_told(summary, story):
+    """For each clause of the summary: does it stand in the story?"""
+    told = fold(story)
+    return [clause in told for clause in map(fold, clauses(summary)) if clause]
+
+
 QUOTED = re.compile(r"“([^“”]+)”|「([^「」]+)」|『([^『』]+)』|\"([^\"]+)\"")
 INTRODUCED = re.compile(r"[：:]\s*[“”「『\"]|[说道问喊答]\s*[“「『\"]")  # real text closes what it opens carelessly
 SPEECH_END = tuple("。！？!?…，,～~—.")

@@ -38,8 +38,7 @@ from constraints import (
     SUMMARY,
     WORDS,
     check,
-    clauses,
-    fold,
+    clauses_told,
     outcomes,
     render,
 )
@@ -65,8 +64,7 @@ def met(row, story, detect=None):
     checked = check(story, row["constraints"], row["rivals"], detect)
     by_name = outcomes(checked)
     if SUMMARY in by_name:
-        told = fold(story)
-        by_name[CLAUSES] = [clause in told for clause in map(fold, clauses(row["constraints"][SUMMARY])) if clause]
+        by_name[CLAUSES] = clauses_told(row["constraints"][SUMMARY], story)
     if "trained_words" in row:
         for name, trained in ((TRAINED, True), (NEW, False)):
             results = [ok for word, ok in checked.get(WORDS, {}).items() if (word in row["trained_words"]) == trained]

@@ -24,7 +24,7 @@ import figures
 import lora
 import train_sft
 from checkpoint import find_last, find_model, load_last, load_model, save_model, save_tokenizer
-from constraints import LIST_KEYS, SENTENCE, WORDS, check, fold, outcomes, render, sentences
+from constraints import LIST_KEYS, SENTENCE, SUMMARY, WORDS, check, clauses_told, fold, outcomes, render, sentences
 from data import builtin
 from data.judged import add_rivals, checkable, read_rows
 from dataset import collate, encode_pair, encode_prompt, fingerprint
@@ -34,7 +34,7 @@ from model import IGNORE, to_device
 from records import split_by_story
 from sample import encode_request, log_probs
 
-JUDGED = 64     # instructions whose mean reward chooses the model
+JUDGED = 128    # instructions whose mean reward chooses the model
 BATCH = 64      # of them that are continued at once
 NEARLY = 0.8    # of a sentence, in order: worth half of it
 USUAL = 0.9     # quantile of the repeated 4-grams in the rows' own stories: repetition beyond it is penalized
@@ -74,6 +74,9 @@ def judge(row, story, ended, usual_repetition):
         known = [ok for ok in (value.values() if key in LIST_KEYS else [value]) if ok is not None]
         if known:
             shares[key] = sum(known) / len(known)
+    if SUMMARY in shares:  # nearly all stories are closest to their own: half is for that, half for its clauses
+        told = clauses_told(constraints[SUMMARY], story)
+        shares[SUMMARY] = (shares[SUMMARY] + sum(told) / max(1, len(told))) / 2
     if shares.get(SENTENCE) == 0:
         asked = fold(constraints[SENTENCE])
         best = max((lcs_length(asked, fold(told)) for told in sentences(story)), default=0)

@@ -2,6 +2,7 @@
 that anything is judged by is ever trained on (tests/test_corpus.py)."""
 import functools
 
+from constraints import SUMMARY, WORDS
 from data import books, generate
 
 SEEDS = {  # of data/generate.py and data/books.py
@@ -23,7 +24,7 @@ VALIDATION_STORIES = 200
 STORIES = 6400                      # of fine-tuning
 REPLAYED = 5000                     # texts of pretraining that --replay draws from
 REINFORCED = 2400                   # instructions of train_rl.py
-PLAIN, INSTRUCTIONS = 100, 600
+PLAIN, INSTRUCTIONS = 215, 600
 
 
 def pretraining():
@@ -58,12 +59,17 @@ def fine_tuning_validation():
 
 def reinforcement():
     """-> the instructions that train_rl.py lets a model write stories for."""
-    return list(instruction_rows(REINFORCED, SEEDS["reinforcement"]))
+    return hard(instruction_rows(REINFORCED, SEEDS["reinforcement"]))
 
 
 def reinforcement_validation(n):
-    """-> instructions of n other stories, by which it chooses the best model."""
-    return list(instruction_rows(n, SEEDS["reinforcement, validation"]))
+    """-> n other ones, by which it chooses the best model."""
+    return hard(instruction_rows(3 * n, SEEDS["reinforcement, validation"]))[:n]
+
+
+def hard(rows):
+    """Those that a model does not follow anyway after fine-tuning: with a summary, or with three words or more."""
+    return [row for row in rows if SUMMARY in row["constraints"] or len(row["constraints"].get(WORDS, [])) > 2]
 
 
 def instruction_rows(n, seed):
@@ -73,8 +79,9 @@ def instruction_rows(n, seed):
 
 
 def plain_stories():
-    """-> stories that nothing is trained on, a list of texts."""
-    return [r["text"] for r in generate.stories(PLAIN, SEEDS["plain stories"])]
+    """-> stories that nothing is trained on, of the kind that the base has read most, with a plot: a list of texts."""
+    stories = generate.stories(PLAIN, SEEDS["plain stories"])
+    return [record["text"] for record in stories if SUMMARY not in record["asked"]]
 
 
 def held_out_instructions(n=INSTRUCTIONS):

@@ -6,8 +6,9 @@ A story is drawn after its instruction: words of any kind and a sentence. The se
 each word, a sentence or two that mostly begin with it, in the order asked. To follow the instruction is then the
 likeliest way to begin, which a low temperature picks. No word follows from another one, so a model that gets them right
 has copied them from its prompt. Then a plot is told, with slots for as many of the words as possible, an ending, a
-phrasing for each beat. A summary that is asked for is told in its own words instead, and the words come behind it, each
-in its scene. The language files (language.py) hold the words and sentences all of this is made of.
+phrasing for each beat. A summary that is asked for is told in its own words instead, and the words come behind it, in
+what the hero then makes of it all. The language files (language.py) hold the words and sentences that all of this is
+made of.
 """
 import functools
 import hashlib
@@ -43,7 +44,7 @@ from constraints import (  # noqa: E402
 from data import language  # noqa: E402
 from data.language import ANY, HERO, LANGUAGE, Slot, load  # noqa: E402
 
-VERSION = 7                     # of the output: raise it when a seed gives different stories
+VERSION = 8                     # of the output: raise it when a seed gives different stories
 STORY_CHARS = {"short": (40, 380), "long": (120, 430)}   # by `length` of the plot
 LEAST_RECURRENCE = {"short": 2, "long": 3}
 SUMMARY_CHARS = 8, 60
@@ -63,12 +64,14 @@ AFFINITY, FAVOURITES = 0.8, 3   # see `prefer` and `choose_scene`
 LISTED_NAMES = 0.7              # share of names that are of the lexicon, where nothing is asked
 MAIN_CHARACTERS = "hero", "pal", "friend"
 TOPICS = "东西", "大件", "车船", "吃的", "喝的", "植物", "动物", "人物", "地方"
+KINDS = {  # of words, in later.toml; the rest are 其他
+    "名物": (*TOPICS, "天上", "材料", "身体"), "动作": ("动作", "做", "活动", "变化", "成语做")}
 PERSONS = "动物", "人物"         # those of them who act, and can have a name
-SPLICED_SUMMARY = 0.2           # share of asked summaries whose clauses are of several
+SPLICED_SUMMARY = 0.8           # share of asked summaries whose clauses are spliced of several
 SHORT_SUMMARY = 0.4             # share of the asked summaries that end early: people write short ones, too
 NAMED_HERO = 0.6                # share of these heroes that are drawn as those of plots are: many have a name
 OTHER_WORDS = 0.6               # share of a summary's nouns that are exchanged for others of their class
-LATER = "后来，"                # between a summary and the scenes
+LATER = "后来，"                # between a summary and what the hero makes of it
 FROM_SUMMARY = 0.4              # share of asked words that are taken from the summary, where one is asked for
 TRIES = 1000                    # before giving up on a story
 CLASSES = {  # what is asked for, by class: relative frequencies
@@ -339,12 +342,11 @@ def about(slot, entry):
     return {slot: entry["word"]} | {f"{slot}.{column}": cell for column, cell in entry.items()}
 
 
-def choose_scene(world, rng, word, values, talk, taken, before, spoken=False):
+def choose_scene(world, rng, word, values, talk, taken, before):
     """The text of a scene that brings in the word. values: of the story; taken: words that the scene's other slots must
-    keep clear of; before: the scenes that the story has, to which this one is added; spoken: it is to have speech."""
+    keep clear of; before: the scenes that the story has, to which this one is added."""
     name = HERO if values["hero"] == word["word"] else word["class"] if word["class"] in world["scenes"] else ANY
     scenes = [scene for scene in world["scenes"][name] if (talk or not scene["speech"]) and scene not in before]
-    scenes = [scene for scene in scenes if scene["speech"] or not spoken] or scenes
     word_first = [scene for scene in scenes if scene["first"]]
     scenes = word_first if word_first and rng.random() < WORD_FIRST else scenes
     if rng.random() < AFFINITY:  # a word has scenes of its own: else the likeliest of its class would stand everywhere
@@ -359,10 +361,10 @@ def choose_scene(world, rng, word, values, talk, taken, before, spoken=False):
     return fill(choose(scene["parts"], rng), own)
 
 
-def scenes(world, rng, words, values, talk, taken, spoken=False):
-    """The text of a scene for each word, in their order. spoken: the first is to have speech."""
+def scenes(world, rng, words, values, talk, taken):
+    """The text of a scene for each word, in their order."""
     used = []
-    return [choose_scene(world, rng, word, values, talk, taken, used, spoken and not used) for word in words]
+    return [choose_scene(world, rng, word, values, talk, taken, used) for word in words]
 
 
 def length(plot):
@@ -447,6 +449,16 @@ def protagonist_of(parts):
     return next((entry for entry in words_in(parts[0]) if entry["class"] in PERSONS), None)
 
 
+def splice(parts, pool, rng):
+    """As many clauses as `parts` has, of which nothing but copying tells how they go on: the first up to whom it names,
+    the rest halves of others."""
+    some = [rng.choice(rng.choice(pool)[0]) for _ in range(2 * len(parts))]
+    halves = [clause[:rng.randint(1, len(clause))] + other[rng.randint(0, len(other) - 1):]
+              for clause, other in zip(some[::2], some[1::2])]
+    word = protagonist_of(parts)["word"]
+    return [parts[0][:parts[0].index(word)] + word + halves[0][-8:], *halves[1:]]
+
+
 def open_summary(world, rng, words, held_out):
     """A summary that no model knows by heart -> (clauses, features, {"hero": …}): an authored one, sometimes spliced,
     sometimes only its beginning, with another hero and other things in it, those that are asked for first. The hero is
@@ -454,7 +466,7 @@ def open_summary(world, rng, words, held_out):
     pool = authored_summaries("heldout" if held_out else "train")
     parts, features = rng.choice(pool)
     if not held_out and rng.random() < SPLICED_SUMMARY:
-        parts, features = parts[:1] + [rng.choice(rng.choice(pool)[0]) for _ in parts[1:]], set()
+        parts, features = splice(parts, pool, rng), set()
     if rng.random() < SHORT_SUMMARY:  # its features come at its end
         parts, features = parts[:rng.randint(1, len(parts))], set()
     there = {entry["word"]: entry for clause in parts for entry in words_in(clause)}
@@ -465,6 +477,8 @@ def open_summary(world, rng, words, held_out):
         others[entry["word"]] = (asked[0] if asked else entry if rng.random() > OTHER_WORDS
                                  else draw_entry(world["lexicon"][entry["class"]], rng))
     protagonist = protagonist_of(parts)
+    if not protagonist:  # a seam has made another word
+        return open_summary(world, rng, words, held_out)
     hero = others[protagonist["word"]]
     values = about("hero", hero) | {"hero.full": hero["word"], "hero.kind": hero["word"]}
     if hero not in words and rng.random() < NAMED_HERO:
@@ -479,13 +493,28 @@ def open_summary(world, rng, words, held_out):
     def exchange(found):
         m, word = found.groups()
         return (others[word].get("m", m) if m and m == there[word].get("m") else m) + others[word]["word"]
-    return [names.sub(exchange, clause) for clause in parts], features, values
+    parts = [names.sub(exchange, clause) for clause in parts]
+    if values["hero.full"] not in parts[0]:  # another word stood across it
+        return open_summary(world, rng, words, held_out)
+    return parts, features, values
+
+
+def afterwards(world, rng, words, values, talk, spoken):
+    """What the hero then makes of it all (draws it, dreams of it, …): one of the settings of later.toml, with a
+    sentence for each word, which begins with it. spoken: the first sentence is to be speech."""
+    setting = prefer(rng, world["later"], values["hero.kind"], "setting")
+    first = [text for text in setting["开头"] if ("“" in text or not spoken) and ("“" not in text or talk)]
+    parts = [rng.choice(first)]
+    for i, word in enumerate(words):
+        kind = next((kind for kind, classes in KINDS.items() if word["class"] in classes), "其他")
+        # each place has sentences of its own, or else the likeliest would be told of every word
+        parts.append(rng.choice(setting[kind][2 * i:2 * i + 2]).replace("{词}", word["word"]))
+    return "".join(parts + [rng.choice(setting["结尾"])]).replace("{hero}", values["hero"])
 
 
 def retell(world, rng, words, sentence, talk, dialogue, held_out):
-    """As `tell`, of a summary that somebody else wrote: it is told in its own words, then comes a scene for each asked
-    word, or else for something that it names and for the hero. Where dialogue is asked for, the first of them has
-    speech."""
+    """As `tell`, of a summary that somebody else wrote: it is told in its own words, then what the hero makes of it,
+    with all asked words, or else with something that it names."""
     told, features, values = open_summary(world, rng, words, held_out)
     summary = "，".join(told) + "。"
     words, there = list(words), words_in(summary, words_to_ask_for())
@@ -494,12 +523,10 @@ def retell(world, rng, words, sentence, talk, dialogue, held_out):
             free = [entry for entry in there
                     if not held_out and not clashes(entry["word"], [other["word"] for other in words])]
             words[i] = rng.choice(free or [word])
-    hero = {"word": values["hero"]}
-    things = [entry for entry in words_in(summary) if not clashes(entry["word"], [hero["word"], values["hero.full"]])]
-    named = words or rng.sample(things, min(len(things), 1)) + [hero]
-    taken = [word["word"] for word in named] + [values["hero"], values["hero.kind"]]
-    parts = scenes(world, rng, named, values, talk, taken, spoken=dialogue)
-    return sentence + summary + LATER + "".join(parts), summary, {
+    things = [entry for entry in words_in(summary) if not clashes(entry["word"], [values["hero"], values["hero.full"]])]
+    named = words or rng.sample(things, min(len(things), rng.choice((1, 1, 2))))
+    named = named or [{"word": values["hero"], "class": PERSONS[0]}]
+    return sentence + summary + LATER + afterwards(world, rng, named, values, talk, dialogue), summary, {
         "words": words, "plot": None, "features": features, "values": values, "drawn": [],
         "parts_of_speech": {entry["word"]: world["lexicon"][entry["class"]]["pos"] for entry in there}}
 

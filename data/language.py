@@ -3,7 +3,8 @@
 lexicon.toml   closed classes of words: any word of a class fits wherever the class stands in a plot
 words.toml     open classes: thousands of words by kind, for open plots, scenes and sentences
 plots/, open/  one plot a file; those of open/ are short and have slots of open classes
-scenes.toml    a sentence or two that bring in a word, before the plot or behind a summary
+scenes.toml    a sentence or two that bring in a word, before the plot
+later.toml     what the hero makes of a summary that has been told, with a sentence for each word
 sentences.toml plain sentences that stand alone
 
 lexicon.toml and plots/lost.toml begin with an explanation of the format.
@@ -27,12 +28,14 @@ ANY = "任何"                    # scenes for any word, whatever its class
 HERO = "主角"                   # the class of open plots' heroes; scenes for the hero, where it is what is asked for
 HELD_OUT = 14                   # one in so many words of the open classes is held out: see `load_classes`
 LEAST = 6                       # scenes of a class without speech: a story has no scene twice
+MOST = 5                        # words asked for
 CHARACTER = ("full", "ta")      # {hero.full} 小兔豆豆, {hero.ta} 它; {hero.kind} where the class has names
 
 
 def load(folder=LANGUAGE):
-    """-> {"lexicon": {class: …}, "plots": […], "scenes": {class: [phrasing, …]}, "sentences": [phrasing, …]}: what
-    load_classes, load_plot and load_phrasings give. Raises ValueError."""
+    """-> {"lexicon": {class: …}, "plots": […], "scenes": {class: [phrasing, …]}, "later": [{heading: [sentence, …]},
+    …], "sentences": [phrasing, …]}: what load_classes, load_plot, load_phrasings, load_settings give. Raises
+    ValueError."""
     return _load(Path(folder))
 
 
@@ -75,6 +78,7 @@ def _load(folder):
                 where = f"{folder / 'sentences.toml'}: [{name}] {i}"
                 raise ValueError(f"{where}: {phrasing['text']!r} does not stand alone: it has speech or the hero in it")
     return {"lexicon": lexicon, "plots": list(plots.values()), "scenes": scenes,
+            "later": load_settings(folder / "later.toml"),
             "sentences": [phrasing for group in sentences.values() for phrasing in group]}
 
 
@@ -255,6 +259,31 @@ def load_phrasings(path, lexicon):
                                     "speech": "“" in text, "text": text, "slot": about,
                                     "first": text.lstrip("“‘").startswith(f"{{{about}}}")})
     return groups
+
+
+def load_settings(path):
+    """later.toml: [{"开头": [sentence, …], "结尾", "名物", "动作", "其他"}, …]."""
+    seen = {}
+    for name, table in read_toml(path).items():
+        check_fields(table, f"{path}: [{name}]", dict.fromkeys(("开头", "结尾", "名物", "动作", "其他"), list), {})
+        for heading, texts in table.items():
+            slot = "{hero}" if heading in ("开头", "结尾") else "{词}"
+            for i, text in enumerate(texts, 1):
+                where = f"{path}: [{name}] {heading} {i}"
+                if not isinstance(text, str):
+                    raise ValueError(f"{where}: {text!r} is not a sentence")
+                if text in seen:
+                    raise ValueError(f"{where}: {text!r} is there twice")
+                if re.search("[{}]", text.replace(slot, "")):
+                    raise ValueError(f"{where}: only {slot} can stand in {text!r}")
+                if slot == "{词}" and not text.lstrip("“").startswith(slot):
+                    raise ValueError(f"{where}: {text!r} does not begin with {slot}")
+                seen[text] = where
+            if slot == "{词}" and len(texts) != 2 * MOST:
+                raise ValueError(f"{path}: [{name}] {heading}: needs {2 * MOST} sentences, two for each word")
+        if len({"“" in text for text in table["开头"]}) < 2:
+            raise ValueError(f"{path}: [{name}] 开头: needs sentences with speech and without")
+    return list(read_toml(path).values())
 
 
 # -----------------------------------------------------------------------------

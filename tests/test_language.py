@@ -1,4 +1,5 @@
 """The language files: what is wrong in one is one line that names file and entry."""
+import json
 import re
 import shutil
 from collections import Counter
@@ -61,6 +62,7 @@ def test_open_plots_are_many_and_varied(world):
 # ---- bad files ----
 
 HERO_SCENE = '["主角"]\nsay = [\n'
+LATER = '"名物" = [\n'
 SCENE, WORD = '["东西"]\nsay = [\n', '["东西"]\nopen = true'
 
 
@@ -107,6 +109,15 @@ SCENE, WORD = '["东西"]\nsay = [\n', '["东西"]\nopen = true'
     ("scenes.toml", SCENE, '["东西"]\nsya = [\n', "[东西]: field 'say' is missing"),
     ("scenes.toml", SCENE, '["东东"]\nsay = [\n', "[东东]"),
     ("scenes.toml", HERO_SCENE, HERO_SCENE + '"{动物}来了。",\n', "[主角] 1: no {hero} in '{动物}来了。'"),
+    ("later.toml", LATER, LATER + '"画了{词}。",\n', "[画画] 名物 1: '画了{词}。' does not begin with {词}"),
+    ("later.toml", LATER, LATER + '"{词}像{动物}。",\n', "only {词} can stand in '{词}像{动物}。'"),
+    ("later.toml", LATER, LATER + '"{词}画了{。",\n', "only {词} can stand in"),
+    ("later.toml", LATER, LATER + "3,\n", "[画画] 名物 1: 3 is not a sentence"),
+    ("later.toml", LATER, LATER + '"{词}写在信的开头。",\n' * 2, "[画画] 名物 2: '{词}写在信的开头。' is there twice"),
+    ("later.toml", LATER, '"名物" = ["{词}亮亮的。"]\n"其他" = [\n', "later.toml"),
+    ("later.toml", LATER, '"动词" = [\n', "[画画]: field '名物' is missing"),
+    ("later.toml", '["画画"]', '["画画"]\n"别的" = ["{词}。"]', "[画画]: unknown field '别的'"),
+    ("later.toml", '["画画"]', '["甲"]\n"开头" = ["{hero}来了。"]\n["画画"]', "[甲]: field '结尾' is missing"),
     ("sentences.toml", "say = [\n", 'say = [\n"“下雨啦！”{人物}说。",\n', "does not stand alone"),
     ("sentences.toml", "say = [\n", 'say = [\n"{hero}说要下雨。",\n', "does not stand alone"),
     ("sentences.toml", "say = [\n", 'say = [\n"{人物说要下雨。",\n', "brace"),
@@ -120,6 +131,18 @@ def test_a_bad_language_file_is_one_line(tmp_path, capsys, file, old, new, expec
     line = failure(capsys, "--n", 200, "--out", tmp_path / "s.jsonl", "--language", tmp_path / "data")
     assert (path.name in line or "{scene}" in expected) and expected in line
     assert not (tmp_path / "s.jsonl").exists()
+
+
+@pytest.mark.parametrize("speech, n, expected", [
+    ("{hero}来了。", 10, "[甲] 开头: needs sentences with speech and without"),
+    ("“来！”{hero}说。", 9, "[甲] 名物: needs 10 sentences")])
+def test_a_setting_has_what_every_story_needs(tmp_path, capsys, speech, n, expected):
+    shutil.copytree(language.LANGUAGE, tmp_path / "data", ignore=shutil.ignore_patterns("*.py*"))
+    words = {kind: [f"{{词}}是{kind}{i}。" for i in range(n)] for kind in ("名物", "动作", "其他")}
+    setting = {"开头": ["{hero}走了。", speech], "结尾": ["{hero}睡了。"]} | words
+    lines = [f'"{heading}" = {json.dumps(texts, ensure_ascii=False)}\n' for heading, texts in setting.items()]
+    (tmp_path / "data" / "later.toml").write_text('["甲"]\n' + "".join(lines), encoding="utf-8")
+    assert expected in failure(capsys, "--n", 9, "--out", tmp_path / "s.jsonl", "--language", tmp_path / "data")
 
 
 @pytest.mark.parametrize("heading", [language.ANY, language.HERO])
