@@ -67,7 +67,7 @@ TOPICS = "东西", "大件", "车船", "吃的", "喝的", "植物", "动物", "
 KINDS = {  # of words, in later.toml; the rest are 其他
     "名物": (*TOPICS, "天上", "材料", "身体"), "动作": ("动作", "做", "活动", "变化", "成语做")}
 PERSONS = "动物", "人物"         # those of them who act, and can have a name
-SPLICED_SUMMARY = 0.6           # share of asked summaries whose clauses are spliced of several
+SPLICED_SUMMARY = 0.4           # share of asked summaries whose clauses are spliced of several
 SHORT_SUMMARY = 0.4             # share of the asked summaries that end early: people write short ones, too
 NAMED_HERO = 0.6                # share of these heroes that are drawn as those of plots are: many have a name
 OTHER_WORDS = 0.6               # share of a summary's nouns that are exchanged for others of their class
