@@ -48,6 +48,14 @@ def test_a_sentence_is_nearly_there_only_in_order_and_in_one_sentence():
     assert judge(ROW, spread, True, 1.0)["随机句子"] == 0
 
 
+@pytest.mark.parametrize("story, share", [
+    ("小猫丢了球，它哭了，后来找到了。", 1), ("小猫丢了球，后来找到了，它很高兴。", 5 / 6),
+    ("小猫丢了球。天黑了，下起了雨。", 2 / 3)])
+def test_half_of_a_summary_is_how_much_of_it_is_told(story, share):
+    row = {"constraints": {"摘要": "小猫丢了球，它哭了，后来找到了。"}, "rivals": ["小狗去上学，迟到了。"]}
+    assert judge(row, story, True, 1.0)["reward"] == pytest.approx(share)
+
+
 def test_one_word_is_no_list_and_what_no_rule_can_tell_does_not_count():
     one = ROW | {"constraints": {"词汇": ["小河"], "特点": ["转折"]}}
     assert judge(one, MEETS, True, 1.0) == {"reward": 1, "whole": True, "ended": True, "rep4": 0, "词汇": 1}
@@ -290,4 +298,5 @@ def test_the_built_in_instructions_are_not_those_that_models_are_judged_by(monke
     rows, judged = builtin.reinforcement(), builtin.reinforcement_validation(30)
     others = {record["output"] for record in builtin.held_out_instructions()} | set(builtin.plain_stories())
     told = [{row["story"] for row in some} for some in (rows, judged)]
-    assert len(told[0]) == len(told[1]) == 30 and not told[0] & told[1] and not (told[0] | told[1]) & others
+    assert 15 < len(told[0]) < 30 == len(told[1]) and not told[0] & told[1] and not (told[0] | told[1]) & others
+    assert all("摘要" in row["constraints"] or len(row["constraints"]["词汇"]) > 2 for row in rows + judged)
