@@ -78,9 +78,10 @@ def instruction_rows(n, seed):
         yield {"constraints": record["constraints"], "story": record["output"]}
 
 
-def plain_stories():
-    """-> stories that nothing is trained on, of the kind that the base has read most, with a plot: a list of texts."""
-    stories = generate.stories(PLAIN, SEEDS["plain stories"])
+def plain_stories(n=None):
+    """-> those of n stories (default: PLAIN) that have a plot, as most do that the base has read: a list of texts.
+    Nothing is trained on them."""
+    stories = generate.stories(n or PLAIN, SEEDS["plain stories"])
     return [record["text"] for record in stories if SUMMARY not in record["asked"]]
 
 

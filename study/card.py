@@ -17,7 +17,7 @@ from common import command_line, fail  # noqa: E402
 
 import decoding  # noqa: E402
 from checkpoint import find_base, load_model  # noqa: E402
-from data import books, generate, language  # noqa: E402
+from data import books, builtin, generate, language  # noqa: E402
 from data.builtin import SEEDS  # noqa: E402
 from evaluate import plain_loss  # noqa: E402
 from records import read_stories  # noqa: E402
@@ -30,7 +30,7 @@ SAMPLES = {"temperature": 0.8, "top_p": 1.0, "seed": 1}
 
 def texts():
     """{name: plain stories that the base has not been trained on}"""
-    by_name = {f"the grammar's stories, 300 of seed {SEED}": [r["text"] for r in generate.stories(300, SEED)],
+    by_name = {f"those of 640 stories of seed {SEED} that have a plot": builtin.plain_stories(640),
                "the authored stories that are held out": [r["text"] for r in generate.authored("heldout")]}
     folder = os.environ.get("MICROSTORIES_REAL_DATA")
     if folder:

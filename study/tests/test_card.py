@@ -9,14 +9,14 @@ from conftest import random_model, tiny_config
 
 from checkpoint import load_model, save_model
 from constraints import parse
-from data import books, builtin, generate
+from data import books, builtin
 from data.judged import HANDWRITTEN, read_rows
 from sample import CASES
 from study import card, ship
 
 
 def test_the_card_prints_losses_and_samples(capsys, monkeypatch):
-    monkeypatch.setattr(card, "texts", lambda: {"ours": [r["text"] for r in generate.stories(20, card.SEED)]})
+    monkeypatch.setattr(card, "texts", lambda: {"ours": builtin.plain_stories(45)[:20]})
     monkeypatch.setattr(books, "EXERCISED", 20)
     card.main([])
     out = capsys.readouterr().out
