@@ -263,8 +263,8 @@ def load_phrasings(path, lexicon):
 
 def load_settings(path):
     """later.toml: [{"开头": [sentence, …], "结尾", "名物", "动作", "其他"}, …]."""
-    seen = {}
-    for name, table in read_toml(path).items():
+    settings, seen = read_toml(path), set()
+    for name, table in settings.items():
         check_fields(table, f"{path}: [{name}]", dict.fromkeys(("开头", "结尾", "名物", "动作", "其他"), list), {})
         for heading, texts in table.items():
             slot = "{hero}" if heading in ("开头", "结尾") else "{词}"
@@ -278,12 +278,12 @@ def load_settings(path):
                     raise ValueError(f"{where}: only {slot} can stand in {text!r}")
                 if slot == "{词}" and not text.lstrip("“").startswith(slot):
                     raise ValueError(f"{where}: {text!r} does not begin with {slot}")
-                seen[text] = where
+                seen.add(text)
             if slot == "{词}" and len(texts) != 2 * MOST:
                 raise ValueError(f"{path}: [{name}] {heading}: needs {2 * MOST} sentences, two for each word")
         if len({"“" in text for text in table["开头"]}) < 2:
             raise ValueError(f"{path}: [{name}] 开头: needs sentences with speech and without")
-    return list(read_toml(path).values())
+    return list(settings.values())
 
 
 # -----------------------------------------------------------------------------
