@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import find_model, load_model
-from constraints import KEYS, LIST_KEYS, check, outcomes, parse
+from constraints import KEYS, LIST_KEYS, SUMMARY, check, clauses_told, outcomes, parse
 from dataset import encode_prompt, in_batches
 from decoding import generate, stream
 from force import steer_to
@@ -103,12 +103,14 @@ def mean_log_probs(model, prompt, drawn):
 
 
 def scores(model, tokenizer, prompt, constraints, drawn, max_new_tokens):
-    """For each of the drawn continuations (how much it meets of what a rule can tell, its mean log probability). The
-    largest is the best."""
+    """For each of the drawn continuations (how much it meets of what a rule can tell, how many clauses of the summary it
+    tells, its mean log probability). The largest is the best."""
     room = min(max_new_tokens, model.config.block_size - len(prompt))
     ended = [ids + [tokenizer.eos_id] * (len(ids) < room) for ids in drawn]
-    met = [sum(flat(check(tokenizer.decode(ids), constraints)).values()) for ids in drawn]
-    return list(zip(met, mean_log_probs(model, prompt, ended)))
+    stories = [tokenizer.decode(ids) for ids in drawn]
+    met = [sum(flat(check(story, constraints)).values()) for story in stories]
+    told = [sum(clauses_told(constraints.get(SUMMARY, ""), story)) for story in stories]
+    return list(zip(met, told, mean_log_probs(model, prompt, ended)))
 
 
 def best(model, tokenizer, prompt, constraints, drawn, max_new_tokens):
@@ -117,8 +119,9 @@ def best(model, tokenizer, prompt, constraints, drawn, max_new_tokens):
     story = tokenizer.decode(drawn[score.index(max(score))])
     asked = len(flat(check(story, constraints)))
     if not asked:
-        return story, f"the likeliest of {len(drawn)}: nothing that can be checked is asked for"
-    whole = sum(met == asked for met, _ in score)
+        which = "the one that tells most of the summary" if SUMMARY in constraints else "the likeliest"
+        return story, f"{which}, of {len(drawn)}: nothing else that can be checked is asked for"
+    whole = sum(met == asked for met, _, _ in score)
     return story, f"{whole} of {len(drawn)} meet everything that can be checked"
 
 

@@ -234,24 +234,26 @@ def test_the_best_of_several_draws_is_shown(say, tok, tmp_path, monkeypatch):
     told = ["小猫在河边。", "小猫的铲子。", "铲子和猫。", "小狗。"]
     drawn = [tok.encode(story) for story in told]
     ranked = sample.scores(model, tok, prompt, asked, drawn, 30)
-    assert [met for met, _ in ranked] == [1, 2, 2, 0]
-    for ids, (_, mean) in zip(drawn, ranked):  # its own probability, the end's too, and not the prompt's
+    assert [met for met, _, _ in ranked] == [1, 2, 2, 0]
+    for ids, (_, _, mean) in zip(drawn, ranked):  # its own probability, the end's too, and not the prompt's
         with torch.no_grad():
             nats = model(torch.tensor([prompt + ids]))[0].log_softmax(-1)
         steps = [nats[len(prompt) - 1 + i, token].item() for i, token in enumerate([*ids, tok.eos_id])]
         assert mean == pytest.approx(sum(steps) / len(steps), abs=1e-4)
     [cut] = sample.scores(model, tok, prompt, asked, drawn[:1], len(drawn[0]))  # not ended: no end to be likely
-    assert cut[1] != pytest.approx(ranked[0][1], abs=1e-4)
+    assert cut[2] != pytest.approx(ranked[0][2], abs=1e-4)
     likeliest = told[1] if ranked[1] > ranked[2] else told[2]
     assert sample.best(model, tok, prompt, asked, drawn, 30) == (
         likeliest, "2 of 4 meet everything that can be checked")
-    story, line = sample.best(model, tok, prompt, {"摘要": "小猫。"}, drawn, 30)
-    assert told.index(story) == max(range(4), key=lambda i: ranked[i][1]) and "nothing that can be checked" in line
+    story, line = sample.best(model, tok, prompt, {"特点": ["转折"]}, drawn, 30)
+    assert told.index(story) == max(range(4), key=lambda i: ranked[i][2]) and "the likeliest, of 4" in line
+    story, line = sample.best(model, tok, prompt, {"摘要": "小狗。"}, drawn, 30)  # by the clauses that are told
+    assert story == told[3] and "the one that tells most of the summary, of 4" in line
 
     path = tmp_path / "prompts"
     path.write_text("词汇：铲子，猫\n\n特点：伏笔", encoding="utf-8")
     shown = say("--file", path, "--best-of", "3")
-    assert "of 3 meet everything" in shown and "the likeliest of 3: nothing that can be checked" in shown
+    assert "of 3 meet everything" in shown and "the likeliest, of 3: nothing else that can be checked" in shown
     assert "of 3 meet everything" in say("--instruction", "词汇：铲子，猫", "--best-of", "3")
     assert "no line of this request begins with 词汇：, 特点：, " in say("--instruction", "词会：铲子")
     assert "no line" not in say("--instruction", "词汇：铲子", "--prompt", "小猫")
