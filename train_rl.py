@@ -1,10 +1,9 @@
 """Reinforcement from verifiable rewards: python train_rl.py --init out/sft --dtype bf16-mixed
 
 Whether a story has the asked words, the asked sentence, speech and an end can be checked by code. So the model writes a
-group of stories for each of some new instructions, the stories are checked, and those that meet more than their group
-become likelier (REINFORCE, Williams 1992). The loop is train_sft.py's. A step's batches are stories written just before
-it; the loss is the model's own, each story weighted by its advantage; the validation loss is 1 - the mean reward of
-fixed instructions, so the run keeps the model of the best reward.
+group of stories for each of some new instructions, and those that meet more than their group become likelier
+(REINFORCE, Williams 1992). The loop is train_sft.py's. A step's batches are stories written just before it, each weighted
+by its advantage; the validation loss is 1 - the mean reward of fixed instructions: the best model is kept.
 
 Each story is used for one update, so there is no ratio of old and new probabilities, and nothing to clip. The baseline
 is the mean of the group; advantages are not divided by its standard deviation (Dr. GRPO, arXiv 2503.20783). Groups of
@@ -38,7 +37,7 @@ JUDGED = 128    # instructions whose mean reward chooses the model
 BATCH = 64      # of them that are continued at once
 NEARLY = 0.8    # of a sentence, in order: worth half of it
 USUAL = 0.9     # quantile of the repeated 4-grams in the rows' own stories: repetition beyond it is penalized
-LISTED = 0.5    # is taken off a story that has the line of words as it stands
+MISUSE = 0.5    # is taken off a story that has the line of words as it stands, or a sentence twice
 KEPT = 2        # --algo rft: stories of one instruction that are learnt from, at most
 OWN = 3         # --algo rft: one story of the data to so many of the model's
 
@@ -56,9 +55,12 @@ def lcs_length(a, b):
     return row[-1]
 
 
-def is_list(words, story):
-    """Do all the words, if there are several, stand in the story as a list, with nothing else between them?"""
-    return len(words) > 1 and re.search("[，、, ]".join(map(re.escape, words)), story) is not None
+def misused(words, story):
+    """Do all the words, if there are several, stand in the story as a list, with nothing else between them? Or does it
+    tell a sentence of six characters and more twice?"""
+    told = [sentence for sentence in map(fold, sentences(story)) if len(sentence) >= 6]
+    listed = len(words) > 1 and re.search("[，、, ]".join(map(re.escape, words)), story)
+    return bool(listed) or len(set(told)) < len(told)
 
 
 def judge(row, story, ended, usual_repetition):
@@ -66,7 +68,7 @@ def judge(row, story, ended, usual_repetition):
     share met of each kind}.
 
     The reward is the mean over the constraints that can be checked, 0 for a story without an end, less repeated
-    4-grams beyond `usual_repetition`, less a copied list of words.
+    4-grams beyond `usual_repetition`, less MISUSE if `misused`.
     """
     constraints, shares = row["constraints"], {}
     met = check(story, constraints, row["rivals"])
@@ -82,7 +84,7 @@ def judge(row, story, ended, usual_repetition):
         best = max((lcs_length(asked, fold(told)) for told in sentences(story)), default=0)
         shares[SENTENCE] = 0.5 * (best >= NEARLY * len(asked))
     again = repetition([story])["rep4"] or 0.0
-    penalty = max(0.0, again - usual_repetition) + LISTED * is_list(constraints.get(WORDS, []), story)
+    penalty = max(0.0, again - usual_repetition) + MISUSE * misused(constraints.get(WORDS, []), story)
     reward = max(0.0, ended * float(np.mean(list(shares.values()))) - penalty)
     whole = ended and not penalty and all(ok[0] for name, ok in outcomes(met).items() if name in constraints)
     return {"reward": reward, "whole": whole, "ended": ended, "rep4": again, **shares}
@@ -119,8 +121,8 @@ class Rollouts:
         self.sums.clear()
         return means
 
-    def count(self, prefix="", **values):
-        for name, value in values.items():
+    def count(self, measured, prefix=""):
+        for name, value in ((name, value) for some in measured for name, value in some.items() if name != "row"):
             self.sums[prefix + name][0] += float(value)
             self.sums[prefix + name][1] += 1
 
@@ -130,9 +132,7 @@ class Rollouts:
         seed = ((self.seed * 1_000_003 + step) * world() + rank()) % 2**63
         groups = self.write(rows, self.group, seed, temperature=1.0)
         for group in groups:
-            self.count(equal_groups=len({story["reward"] for story in group}) == 1)
-            for story in group:
-                self.count(**{name: value for name, value in story.items() if name != "row"})
+            self.count([{"equal_groups": len({story["reward"] for story in group}) == 1}, *group])
         chosen = advantages(groups) if self.algo == "pg" else rejection_sampled(groups, [
             encode_pair(self.tokenizer, render(row["constraints"]), row["story"], self.model.config.block_size)
             for row in rows if row["story"]])
@@ -173,10 +173,9 @@ class Rollouts:
         """The loss of a batch for the loop, as of `next_token_loss`. A list of rows is for validation: 1 - reward."""
         if isinstance(batch, list):
             stories = [group[0] for group in self.write(batch, 1, self.seed, temperature=0.2)]
-            for story in stories:
-                self.count("val_", **{name: value for name, value in story.items() if name != "row"})
+            self.count(stories, "val_")
             if self.plain and "plain_nll" not in self.sums:
-                self.count(plain_nll=plain_loss(model, self.tokenizer, self.plain))
+                self.count([{"plain_nll": plain_loss(model, self.tokenizer, self.plain)}])
             return torch.tensor(sum(1 - story["reward"] for story in stories)), len(stories)
         x, y, weights = batch
         return model(to_device(x, model.lm_head.weight.device), y, weights), (y != IGNORE).sum().item()
@@ -257,10 +256,8 @@ def load_models(args):
         lora.load(last, model)
         for adapter in lora.adapters(model).values():  # what writes the stories has no dropout
             adapter.lora_dropout.p = 0.0
-    elif args.resume:
-        model, tokenizer, state = load_last(args.out)
     else:
-        model, state = load_model(args.init)[0], None
+        model, tokenizer, state = load_last(args.out) if args.resume else (load_model(args.init)[0], tokenizer, None)
     return model, tokenizer, reference.requires_grad_(False).eval(), state
 
 

@@ -20,6 +20,7 @@ from train_rl import Rollouts, advantages, judge, lcs_length, rejection_sampled
 
 ROW = {"constraints": {"词汇": ["小河", "皮球"], "随机句子": "河水哗啦啦地流着，真好听。"}, "story": None, "rivals": []}
 MEETS = "小猫在小河边拍皮球。河水哗啦啦地流着，真好听。"
+TWICE = MEETS + "天上的云飘走了。它抬起头看着，又跑又跳，直到那只皮球滚得不见。真好！天上的云飘走了。真好！"
 
 
 def rollouts(tok, rows, **settings):
@@ -36,7 +37,8 @@ def rollouts(tok, rows, **settings):
     (MEETS.replace("哗啦啦", "哗啦"), True, 0.75),      # 10 of 11 characters, folded
     (MEETS.replace("哗啦啦地流着", "流"), True, 0.5),
     ("小河，皮球。" + MEETS, True, 0.5), ("小河、皮球。" + MEETS, True, 0.5),
-    (MEETS + MEETS, True, pytest.approx(1 - (20 / 43 - 0.1)))])
+    (MEETS + MEETS, True, pytest.approx(1 - 0.5 - (20 / 43 - 0.1))),
+    (TWICE, True, 0.5), (TWICE.replace("天上的云飘走了。", "云走了。"), True, 1)])
 def test_what_a_story_is_worth(story, ended, reward):
     verdict = judge(ROW, story, ended, usual_repetition=0.1)
     assert verdict["reward"] == reward and verdict["whole"] == (reward == 1)
