@@ -103,8 +103,8 @@ def mean_log_probs(model, prompt, drawn):
 
 
 def scores(model, tokenizer, prompt, constraints, drawn, max_new_tokens):
-    """For each of the drawn continuations (how much it meets of what a rule can tell, how many clauses of the summary it
-    tells, its mean log probability). The largest is the best."""
+    """For each of the drawn continuations (how much it meets of what a rule can tell, how many clauses of the summary
+    it tells, its mean log probability). The largest is the best."""
     room = min(max_new_tokens, model.config.block_size - len(prompt))
     ended = [ids + [tokenizer.eos_id] * (len(ids) < room) for ids in drawn]
     stories = [tokenizer.decode(ids) for ids in drawn]

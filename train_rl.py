@@ -2,8 +2,8 @@
 
 Whether a story has the asked words, the asked sentence, speech and an end can be checked by code. So the model writes a
 group of stories for each of some new instructions, and those that meet more than their group become likelier
-(REINFORCE, Williams 1992). The loop is train_sft.py's. A step's batches are stories written just before it, each weighted
-by its advantage; the validation loss is 1 - the mean reward of fixed instructions: the best model is kept.
+(REINFORCE, Williams 1992). The loop is train_sft.py's. A step's batches are stories written just before it, each
+weighted by its advantage; the validation loss is 1 - the mean reward of fixed instructions: the best model is kept.
 
 Each story is used for one update, so there is no ratio of old and new probabilities, and nothing to clip. The baseline
 is the mean of the group; advantages are not divided by its standard deviation (Dr. GRPO, arXiv 2503.20783). Groups of
