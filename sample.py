@@ -118,9 +118,10 @@ def best(model, tokenizer, prompt, constraints, drawn, max_new_tokens):
     score = scores(model, tokenizer, prompt, constraints, drawn, max_new_tokens)
     story = tokenizer.decode(drawn[score.index(max(score))])
     asked = len(flat(check(story, constraints)))
+    if not asked and SUMMARY in constraints:
+        return story, f"the one of {len(drawn)} that tells most of the summary: nothing else can be checked"
     if not asked:
-        which = "the one that tells most of the summary" if SUMMARY in constraints else "the likeliest"
-        return story, f"{which}, of {len(drawn)}: nothing else that can be checked is asked for"
+        return story, f"the likeliest of {len(drawn)}: nothing that can be checked is asked for"
     whole = sum(met == asked for met, _, _ in score)
     return story, f"{whole} of {len(drawn)} meet everything that can be checked"
 

@@ -246,14 +246,15 @@ def test_the_best_of_several_draws_is_shown(say, tok, tmp_path, monkeypatch):
     assert sample.best(model, tok, prompt, asked, drawn, 30) == (
         likeliest, "2 of 4 meet everything that can be checked")
     story, line = sample.best(model, tok, prompt, {"特点": ["转折"]}, drawn, 30)
-    assert told.index(story) == max(range(4), key=lambda i: ranked[i][2]) and "the likeliest, of 4" in line
+    assert told.index(story) == max(range(4), key=lambda i: ranked[i][2])
+    assert "the likeliest of 4: nothing that can be checked" in line
     story, line = sample.best(model, tok, prompt, {"摘要": "小狗。"}, drawn, 30)  # by the clauses that are told
-    assert story == told[3] and "the one that tells most of the summary, of 4" in line
+    assert story == told[3] and "the one of 4 that tells most of the summary" in line
 
     path = tmp_path / "prompts"
     path.write_text("词汇：铲子，猫\n\n特点：伏笔", encoding="utf-8")
     shown = say("--file", path, "--best-of", "3")
-    assert "of 3 meet everything" in shown and "the likeliest, of 3: nothing else that can be checked" in shown
+    assert "of 3 meet everything" in shown and "the likeliest of 3: nothing that can be checked" in shown
     assert "of 3 meet everything" in say("--instruction", "词汇：铲子，猫", "--best-of", "3")
     assert "no line of this request begins with 词汇：, 特点：, " in say("--instruction", "词会：铲子")
     assert "no line" not in say("--instruction", "词汇：铲子", "--prompt", "小猫")
