@@ -6,6 +6,7 @@
 Any Llama-shaped Hugging Face directory loads (grouped-query, untied head, several shards). No file is ever half
 written: each is made beside its place and then renamed.
 """
+import contextlib
 import json
 import os
 import pickle
@@ -42,6 +43,7 @@ HF_NAMES = {
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "qwen3": "Qwen3ForCausalLM"}
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of "llama3"
+TOKEN_IDS = "bos_token_id", "eos_token_id", "pad_token_id"  # not read here: the tokenizer knows its own
 LARGEST = {"num_hidden_layers": 1000} | dict.fromkeys(  # of sizes; what is beyond is a mistake, and takes forever
     ("max_position_embeddings", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
      "intermediate_size"), 2**22)
@@ -71,6 +73,13 @@ def check_value(path, key, value):
         raise ValueError(f"{path}: {key} {value!r} is not a positive number")
     if key == "sliding_window" and not (number and value >= 1):
         raise ValueError(f"{path}: {key} {value!r} is not a number of tokens")
+    if key in ("rope_scaling", "rope_parameters") and not isinstance(value, dict):
+        raise ValueError(f"{path}: {key} {value!r} is not an object")
+    if key == "partial_rotary_factor" and not (number and value == 1):
+        raise ValueError(f"{path}: {key} {value!r} is not supported: all of a head is rotated")
+    ids = value if isinstance(value, list) else [value]
+    if key in TOKEN_IDS and not all(type(one) is int and -1 <= one for one in ids):
+        raise ValueError(f"{path}: {key} {value!r} is not the number of a token")
     switches = "tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "qk_norm"
     if key in switches and not isinstance(value, bool):
         raise ValueError(f"{path}: {key} {value!r} is neither true nor false")
@@ -189,9 +198,8 @@ def load_model(directory, adapter=None, adapter_scale=1.0):
         if tensors[name].shape != expected[name].shape:
             raise ValueError(f"{directory}: tensor {name} is {tuple(tensors[name].shape)}, but config.json asks for "
                              f"{tuple(expected[name].shape)}")
-        if not tensors[name].is_floating_point() or not torch.isfinite(tensors[name]).all():
-            wrong = "has NaN or infinite values" if tensors[name].is_floating_point() else f"is {tensors[name].dtype}"
-            raise ValueError(f"{directory}: tensor {name} {wrong}")
+        if problem := lora.not_weights(tensors[name]):
+            raise ValueError(f"{directory}: tensor {name} {problem}")
     model.load_state_dict(tensors, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -278,17 +286,35 @@ def find_last(out):
         if (last / STATE).is_file():
             try:
                 state = torch.load(last / STATE, map_location="cpu", weights_only=True)
-                if not isinstance(state["step"], int) or not {"best", "optimizer"} <= set(state):
+                step, best = state["step"], state["best"]
+                if "optimizer" not in state or type(step) is not int or step < 0 or best is not None and not (
+                        len(best) == 2 and is_number(best[0]) and type(best[1]) is int):
                     raise ValueError("not the state of a run")
                 return last, state
             except (RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as e:
-                whole = f"; the model in {out} is what is left" if Path(out, WEIGHTS).is_file() else ""
-                raise ValueError(f"--resume: {last / STATE} is damaged ({type(e).__name__}){whole}") from None
+                raise ValueError(f"--resume: {last / STATE} is damaged ({type(e).__name__}){what_is_left(out)}"
+                                 ) from None
     raise ValueError(f"--resume: {Path(out, 'last', STATE)} does not exist: the run stopped before its first save, or "
-                     "there was none. Start it without --resume")
+                     f"there was none. Start it without --resume, or with --overwrite{what_is_left(out)}")
+
+
+def what_is_left(out):
+    """For a line that says what is damaged."""
+    there = any(Path(out, name).is_file() for name in (WEIGHTS, lora.TENSORS))
+    return f"; the best model, in {out}, is what is left" if there else ""
+
+
+@contextlib.contextmanager
+def resuming(out):
+    """Around the loading of a run's newest weights: a line about what is wrong also says what is left."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        raise ValueError(f"--resume: {e}{what_is_left(out)}") from None
 
 
 def load_last(out):
-    """-> (GPT, Tokenizer, state) of the newest save. Raises ValueError if there is none."""
+    """-> (GPT, Tokenizer, state) of the newest save. Raises ValueError if there is none, or it is damaged."""
     last, state = find_last(out)
-    return *load_model(last), state
+    with resuming(out):
+        return *load_model(last), state

@@ -6,7 +6,6 @@ import codecs
 import contextlib
 import ctypes
 import json
-import math
 import os
 import shutil
 import signal
@@ -55,7 +54,7 @@ def number(kind, allowed, says):
     """-> a type for argparse: a finite number of this kind (int or float) for which `allowed` holds."""
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and allowed(value)):
+        if not (is_number(value) and allowed(value)):
             raise argparse.ArgumentTypeError(f"{text} {says}")
         return value
     parse.__name__ = kind.__name__  # what argparse calls it where the text is not a number
@@ -69,6 +68,9 @@ def positive(kind):
 def not_negative(kind):
     return number(kind, lambda value: value >= 0, "is below 0")
 
+
+# of stories, rows …: more of them at once is a mistake, and takes all memory
+count = number(int, lambda value: 0 < value <= 4096, "is not from 1 to 4096")
 
 # what PyTorch's generators take
 seed_number = number(int, lambda value: 0 <= value < 2**63, "is outside 0 to 2^63 - 1")
@@ -95,7 +97,8 @@ def is_number(value):
 def codec(name):
     """A type for argparse: the name of an encoding."""
     try:
-        b"".decode(name)  # hex and base64 are codecs, too, and not of text
+        with contextlib.suppress(UnicodeError):
+            b"aa".decode(name)  # hex and base64 are codecs, too, and not of text
         return codecs.lookup(name).name
     except LookupError:
         raise argparse.ArgumentTypeError(f"no encoding is called {name!r}") from None

@@ -182,9 +182,11 @@ def generate(model, prompts, max_new_tokens, samples=1, **sampling):
 
 def sample_next(logits, temperature, top_k, top_p, rng):
     """logits (B, V) -> ids (B,)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # as good as 0, and by less nothing can be divided in float32
         return logits.argmax(-1)
     top, index = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), falling
     probs = F.softmax((top - top[:, :1]) / temperature, dim=-1)  # minus the maximum: no overflow near temperature 0
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # the likeliest always stays
+    beyond = probs.cumsum(-1) - probs >= top_p
+    beyond[:, 0] = False  # the likeliest always stays
+    probs = probs.masked_fill(beyond, 0)
     return index.gather(-1, torch.multinomial(probs, 1, generator=rng))[:, 0]

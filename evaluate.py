@@ -16,10 +16,10 @@ from common import (
     check_writable,
     codec,
     command_line,
+    count,
     fail,
     not_negative,
     pick_device,
-    positive,
     seed_number,
     to_path,
     write_json,
@@ -285,7 +285,7 @@ def parse_args(argv=None):
                         help="only the loss and perplexity of plain stories, in any format that pretrain.py reads")
     parser.add_argument("--encoding", type=codec, default="utf-8", help="of --data and --text (default: %(default)s)")
     parser.add_argument("--out", type=to_path, help="folder for eval.json (default: --adapter, else --ckpt)")
-    parser.add_argument("--samples", type=positive(int), default=2, metavar="N",
+    parser.add_argument("--samples", type=count, default=2, metavar="N",
                         help=f"stories an instruction; from {BEST_OF} on also the best of 1, 2, 4, … of them, as "
                              "sample.py --best-of picks it (default: %(default)s)")
     parser.add_argument("--temperature", type=not_negative(float),

@@ -19,6 +19,7 @@ from common import (
     fraction,
     is_number,
     new_directory,
+    number,
     positive,
     to_path,
     write_atomic,
@@ -153,7 +154,8 @@ def load(directory, model, scale=1.0):
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{directory / CONFIG}: not the configuration of an adapter ({e})") from None
     unknown = [f"{key} {config[key]!r}" for key, off in OFF.items() if config.get(key) not in (None, *off)]
-    for key, value, good in (("r", r, type(r) is int and r > 0), ("lora_alpha", alpha, is_number(alpha) and alpha > 0),
+    for key, value, good in (("r", r, type(r) is int and r > 0),
+                             ("lora_alpha", alpha, is_number(alpha) and 0 < alpha <= 1e30),  # finite in float32
                              ("lora_dropout", dropout, is_number(dropout) and 0 <= dropout < 1),
                              ("use_rslora", rslora, isinstance(rslora, bool))):
         if not good:
@@ -188,10 +190,17 @@ def load(directory, model, scale=1.0):
             if tensor.shape != part.weight.shape:
                 raise ValueError(f"{directory}: {name}.{kind} is {tuple(tensor.shape)}, but the base model asks for "
                                  f"{tuple(part.weight.shape)}")
-            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-                raise ValueError(f"{directory / TENSORS}: {name}.{kind} has values that are no finite numbers")
+            if problem := not_weights(tensor):
+                raise ValueError(f"{directory / TENSORS}: {name}.{kind} {problem}")
             part.weight = nn.Parameter(tensor)  # in the precision of the file, whatever the base's
         module.scale *= scale
+
+
+def not_weights(tensor):
+    """What is wrong with a tensor of a file as weights of a model; "" if nothing is."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"is {str(tensor.dtype).removeprefix('torch.')}"
+    return "" if tensor.float().isfinite().all() else "has NaN or infinite values"
 
 
 def merged(model):
@@ -226,7 +235,8 @@ def parse_args(argv=None):
                         "(python lora.py merge --help: an adapter and its base into one model.)")
     flag = parser.add_argument
     flag("--r", type=positive(int), default=8, help="rank (default: %(default)s)")
-    flag("--alpha", type=positive(float), help="what an adapter adds is multiplied by alpha / r (default: 2r)")
+    flag("--alpha", type=number(float, lambda alpha: 0 < alpha <= 1e30, "is not a positive number up to 1e30"),
+         help="what an adapter adds is multiplied by alpha / r (default: 2r)")
     flag("--targets", default="all-linear",
          help=f"names of Linears (q_proj,v_proj), or {', '.join(TARGETS)} (default: %(default)s)")
     flag("--scaling", choices=["lora", "rslora"], default="lora",
@@ -255,7 +265,7 @@ def main(argv=None):
     import sys
 
     import train_sft  # the command alone calls the loop: everything above is a library
-    from checkpoint import find_last, load_model, save_tokenizer
+    from checkpoint import find_last, load_model, resuming, save_tokenizer
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["merge"]:
         return merge(argv[1:])
@@ -278,7 +288,8 @@ def main(argv=None):
             return add_from_args(model, args)
         if args.resume:
             last, state = find_last(args.out)
-            load(last, model)
+            with resuming(args.out):
+                load(last, model)
         else:
             add_from_args(model, args)
         batches, val_batches = train_sft.load_batches(args, model, tokenizer)

@@ -10,14 +10,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from common import fail, has_bf16, lock, positive, rank, to_path, wait_for_all, world
+from common import fail, has_bf16, lock, number, rank, to_path, wait_for_all, world
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import tokenizer as tokenizers
-from checkpoint import fits, load_last, load_model, save_model
+from checkpoint import HF_NAMES, LARGEST, fits, load_last, load_model, save_model
 from constraints import KEYS
 from data import builtin, generate
 from dataset import PROMPT, TokenBatches
@@ -32,6 +32,7 @@ SETTINGS = {
                      "epochs": 1.0, "vocab_size": 65024},
 }
 GEOMETRY = ("n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "intermediate_size")
+MOST_PARAMETERS = 10**10  # more is a mistake, and takes all memory
 BUILTIN_TOKENIZER = 12_000  # texts that the built-in corpus's tokenizer is trained on
 MUON_LR = 6  # Muon's learning rate, as a multiple of AdamW's
 VAL_WINDOWS = 48  # of block_size tokens: enough to see the loss fall, and no time lost
@@ -42,10 +43,10 @@ def parse_args(argv=None):
     parser.add_argument("--preset", choices=PRESETS, default="small",
                         help="geometry and settings of a new model (default: %(default)s)")
     parser.add_argument("--tokenizer", type=to_path, help="tokenizer.model to use (default: train one on --data)")
-    parser.add_argument("--vocab-size", type=positive(int), default=4096,
+    parser.add_argument("--vocab-size", type=size("vocab_size"), default=4096,
                         help="pieces of a newly trained tokenizer (default: %(default)s)")
     for name in GEOMETRY:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=positive(int),
+        parser.add_argument(f"--{name.replace('_', '-')}", type=size(name),
                             help="of a new model (default: the preset's)")
     parser.set_defaults(out=Path("out/base"), val_fraction=0.01, **SETTINGS["small"])
     parser.set_defaults(**SETTINGS[parser.parse_known_args(argv)[0].preset])
@@ -53,6 +54,12 @@ def parse_args(argv=None):
     if args.init and (given := [name for name in GEOMETRY if getattr(args, name)]):
         fail(f"--{given[0].replace('_', '-')} is for a new model; that of --init has a shape already")
     return args
+
+
+def size(name):
+    """-> a type for argparse: what a field of GPTConfig may be."""
+    most = LARGEST[HF_NAMES[name]]
+    return number(int, lambda value: 0 < value <= most, f"is not from 1 to {most}")
 
 
 def new_config(args):
@@ -65,6 +72,10 @@ def new_config(args):
         raise ValueError(f"--n-head {config.n_head} is no multiple of --n-kv-head {config.n_kv_head}")
     if config.head_size % 2:
         raise ValueError(f"--head-size {config.head_size} is odd; RoPE turns pairs")
+    with torch.device("meta"):
+        parameters = GPT(config).num_params()
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(f"a model of this shape has {parameters:,} parameters: more than {MOST_PARAMETERS:,}")
     return config
 
 
@@ -140,9 +151,12 @@ def write_tokens(path, texts, tokenizer):
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock(path.parent.parent)  # the run directory: another run may be reading these files
-        with open(path, "wb") as f:
-            for text in texts:
-                f.write(tokenizer.story(text).tobytes())
+        try:
+            with open(path, "wb") as f:
+                for text in texts:
+                    f.write(tokenizer.story(text).tobytes())
+        except OSError as e:
+            raise OSError(f"cannot write to {path}: {e.strerror}") from None
     wait_for_all()
     return np.memmap(path, tokenizer.dtype, mode="r")
 

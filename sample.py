@@ -14,7 +14,7 @@ import time
 from collections import Counter
 
 import common
-from common import fail, not_negative, number, pick_device, pick_dtype, positive, seed_number, to_path
+from common import count, fail, not_negative, number, pick_device, pick_dtype, positive, seed_number, to_path
 
 import torch
 import torch.nn.functional as F
@@ -275,8 +275,8 @@ def parse_args(argv=None):
     parser.add_argument("--ckpt", nargs="?", type=to_path,
                         help="model directory (default: out/sft, else the base model)")
     parser.add_argument("--adapter", type=to_path, help="LoRA adapter directory, put on --ckpt")
-    parser.add_argument("--adapter-scale", type=number(float, lambda scale: True, "is not a number"), default=1.0,
-                        help="how much of the adapter: 0 is the model alone (default: %(default)s)")
+    parser.add_argument("--adapter-scale", type=number(float, lambda scale: abs(scale) <= 1e6, "is beyond 1e6"),
+                        default=1.0, help="how much of the adapter: 0 is the model alone (default: %(default)s)")
     # what to write about
     parser.add_argument("--instruction", action="append", default=[],
                         help=r"constraint lines, \n between them (repeatable)")
@@ -286,7 +286,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=to_path, help="with --file: write JSONL records here")
     parser.add_argument("--overwrite", action="store_true", help="--out may be there already")
     # sampling
-    parser.add_argument("--best-of", type=positive(int), default=1, metavar="N",
+    parser.add_argument("--best-of", type=count, default=1, metavar="N",
                         help="draw N stories, show the one that meets most of what can be checked, of equals the one "
                              "of the highest mean log probability (default: %(default)s)")
     parser.add_argument("--temperature", type=not_negative(float),

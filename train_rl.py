@@ -10,11 +10,12 @@ is the mean of the group; advantages are not divided by its standard deviation (
 equally good stories have no gradient and are left out (DAPO, arXiv 2503.14476). All tokens of a step count alike.
 --algo rft is rejection sampling instead (RAFT, arXiv 2504.11343): stories that meet everything, and a quarter of data.
 """
+import contextlib
 import re
 from collections import defaultdict
 from pathlib import Path
 
-from common import fail, not_negative, number, rank, to_path, world
+from common import count, fail, not_negative, rank, to_path, world
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ import torch
 import figures
 import lora
 import train_sft
-from checkpoint import find_last, find_model, load_last, load_model, save_model, save_tokenizer
+from checkpoint import find_last, find_model, load_last, load_model, resuming, save_model, save_tokenizer
 from constraints import LIST_KEYS, SENTENCE, SUMMARY, WORDS, check, clauses_told, fold, outcomes, render, sentences
 from data import builtin
 from data.judged import add_rivals, checkable, read_rows
@@ -210,7 +211,7 @@ def nothing(groups):
 def parse_args(argv=None):
     parser = train_sft.training_parser("Reinforcement from verifiable rewards: the model writes stories, code checks "
                                        "them, and the better ones of each group are made likelier.")
-    flag, count = parser.add_argument, number(int, lambda n: 0 < n <= 4096, "is not from 1 to 4096")
+    flag = parser.add_argument
     flag("--adapter", type=to_path, help="LoRA adapter directory on --init: train the adapter only")
     flag("--algo", choices=["pg", "rft"], default="pg",
          help="policy gradient, or rejection sampling: only stories that meet everything (default: %(default)s)")
@@ -253,7 +254,8 @@ def load_models(args):
     if args.adapter:
         model = load_model(args.init)[0].float()
         last, state = find_last(args.out) if args.resume else (args.adapter, None)
-        lora.load(last, model)
+        with resuming(args.out) if args.resume else contextlib.nullcontext():
+            lora.load(last, model)
         for adapter in lora.adapters(model).values():  # what writes the stories has no dropout
             adapter.lora_dropout.p = 0.0
     else:
@@ -264,11 +266,9 @@ def load_models(args):
 def main(argv=None):
     args = parse_args(argv)
     try:
+        args.init = find_model(args.init, args.adapter)
         train_sft.check_out(args)
         device = train_sft.start(args)
-        args.init = find_model(args.init, args.adapter)
-        if args.out.resolve() in {path.resolve() for path in (args.init, args.adapter) if path}:
-            raise ValueError(f"--out {args.out} is the model that the run starts from")
         rows, judged = load_rows(args)
         model, tokenizer, reference, state = load_models(args)
         for row in rows + judged:

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 import dataset
 import figures
-import lora
-from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model
+from checkpoint import find_base, load_last, load_model, save_last, save_model
 from data import builtin
 from dataset import next_token_loss, total_loss
 from records import read_instructions, read_stories, split_by_story
@@ -117,7 +116,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         try:
             optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise ValueError("the run was begun with another optimizer") from None
         for group, now in zip(optimizer.param_groups, settings):
             group.update(now)  # this call's settings, not those of the call that saved
@@ -193,7 +192,7 @@ def train(model, batches, val_batches, out, save, *, steps, lr=5e-4, min_lr=None
 
 def kept_steps(out):
     """The folders of --keep, in the order of their steps."""
-    return sorted(out.glob("step-" + "[0-9]" * 6))
+    return sorted(out.glob(KEPT))
 
 
 def open_log(out, done, tell=None):
@@ -203,8 +202,8 @@ def open_log(out, done, tell=None):
         return lambda **fields: None
     path = out / "log.jsonl"
     out.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and done else []
     try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and done else []
         kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged ({e}); without it --resume goes on with the weights of last/") from None
@@ -222,7 +221,9 @@ def open_log(out, done, tell=None):
 
 SAVE_SECONDS = 600  # between saves, at most
 ONCE = ("resume", "overwrite", "log")  # flags of one call, not settings of the run
-WEIGHTS_FILES = (WEIGHTS, lora.TENSORS)  # of a model, of an adapter
+KEPT = "step-" + "[0-9]" * 6  # of --keep
+WRITTEN = ("*.safetensors*", "*.bin*", "*config.json", "tokenizer.*", "last", "last.old", "last.new", KEPT, "args.json",
+           "log.jsonl", "eval.json", "loss.png", "rl.png", "tensorboard")  # what a run leaves behind
 
 
 def training_parser(description):
@@ -280,6 +281,8 @@ def parse(parser, argv, fixed):
         return args
     try:
         stored = dict(json.loads((args.out / "args.json").read_text(encoding="utf-8")))
+        if not is_run(args.out):
+            raise ValueError("args.json is not that of a run")
     except (OSError, ValueError, TypeError) as e:
         fail(f"--resume: cannot read the settings of the run in {args.out}: {e}")
     default = object()  # argparse sets no default where the namespace has a value already
@@ -327,12 +330,15 @@ def check_out(args):
         raise ValueError(f"--out {out} is a file, not a directory")
     if rank() == 0 and out.is_dir():
         common.lock(out)
-    written = "*.safetensors*", "*.bin*", "*config.json", "last", "last.old", "args.json", "log.jsonl", "step-*"
-    holds = [path.name for pattern in written for path in out.glob(pattern)]
+    for source in filter(None, (args.init, getattr(args, "adapter", None))):
+        source = source.resolve()
+        if out.resolve() in (source, source.parent if source.name in ("last", "last.old") else source):
+            raise ValueError(f"--out {out} is the model that the run starts from")
+    holds = [path.name for pattern in WRITTEN for path in out.glob(pattern)]
     if holds and not args.resume and not is_run(out):
         raise ValueError(f"--out {out} holds {holds[0]} but was not made by a training run: it is never replaced")
-    # a run that was stopped before its first save has a log and settings, and nothing to lose
-    if set(holds) - {"args.json", "log.jsonl"} and not (args.resume or args.overwrite):
+    # a run that was stopped before its first save has settings and perhaps a log, and nothing to lose
+    if set(holds) - {"args.json", "log.jsonl", "tensorboard", "last.new"} and not (args.resume or args.overwrite):
         raise ValueError(f"--out {out} already holds a run or a model: --resume goes on, --overwrite starts over")
     common.check_writable(out)
 
@@ -399,18 +405,19 @@ def run(args, model, batches, val_batches, save, state=None, make_optimizer=adam
 
 def open_run(args, fresh):
     """Make args.out ready and print the settings -> them. fresh: no file of an older run there (--overwrite) may pass
-    for one of the new. Ends the command if another run has it."""
+    for one of the new. Ends the command if another run has it, or has made it meanwhile."""
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
     try:
-        common.lock(out)
-    except ValueError as e:
+        check_out(args)  # it is locked now, so nothing changes any more
+    except (ValueError, OSError) as e:
         fail(e)
-    if fresh:
-        for old in (*(out / name for name in ("last", "last.old", "last.new", "tensorboard")), *kept_steps(out)):
-            shutil.rmtree(old, ignore_errors=True)
-        for name in (*WEIGHTS_FILES, "log.jsonl", "loss.png", "rl.png", "eval.json"):
-            (out / name).unlink(missing_ok=True)
+    if fresh:  # args.json goes last of all, when it is written anew: it says that the rest is a run's
+        for old in {path for pattern in WRITTEN for path in out.glob(pattern)} - {out / "args.json"}:
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.unlink(missing_ok=True)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ONCE}
     common.write_json(out / "args.json", settings)
     shown = {name: value for name, value in settings.items() if value is not None and name != "fingerprint"}

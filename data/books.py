@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import check_writable, command_line, fail, positive, seed_number, write_jsonl  # noqa: E402
+from common import check_writable, command_line, fail, positive, seed_number, to_path, write_jsonl  # noqa: E402
 
 from tqdm import tqdm  # noqa: E402
 
@@ -151,10 +151,11 @@ def main(argv=None):
     parser.add_argument("--n", type=positive(int), default=10_000, help="number of texts (default: %(default)s)")
     parser.add_argument("--seed", type=seed_number, default=1, help="same seed, same texts (default: %(default)s)")
     parser.add_argument("--exercises", action="store_true", help="lines that are repeated, instead of books")
-    parser.add_argument("--out", default="out/data/books.jsonl", help="JSONL records with a text; overwritten")
+    parser.add_argument("--out", type=to_path, default=Path("out/data/books.jsonl"),
+                        help="JSONL records with a text; overwritten")
     args = parser.parse_args(argv)
     try:
-        check_writable(Path(args.out).parent)
+        check_writable(args.out.parent)
         written = tqdm((exercises if args.exercises else texts)(args.n, args.seed), total=args.n, unit="text",
                        disable=None)
         texts_written = [{"text": text} for text in written]

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import check_writable, command_line, fail, seed_number, write_jsonl  # noqa: E402
+from common import check_writable, command_line, fail, seed_number, to_path, write_jsonl  # noqa: E402
 
 from tqdm import tqdm  # noqa: E402
 
@@ -682,8 +682,10 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=seed_number, default=1, help="same seed, same stories")
     parser.add_argument("--split", choices=("train", "heldout"), default="train",
                         help="heldout: asked words and sentences are ones that no train story has")
-    parser.add_argument("--out", default="out/data/stories.jsonl", help="story records, JSONL; overwritten")
-    parser.add_argument("--instructions", metavar="FILE", help="also write one instruction a story, JSONL; overwritten")
+    parser.add_argument("--out", type=to_path, default=Path("out/data/stories.jsonl"),
+                        help="story records, JSONL; overwritten")
+    parser.add_argument("--instructions", type=to_path, metavar="FILE",
+                        help="also write one instruction a story, JSONL; overwritten")
     parser.add_argument("--language", default=LANGUAGE, metavar="DIR", help="folder of the language files")
     return parser.parse_args(argv)
 
@@ -692,7 +694,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         for path in filter(None, (args.out, args.instructions)):
-            check_writable(Path(path).parent)
+            check_writable(path.parent)
         written = stories(args.n, args.seed, args.language, args.split == "heldout")
         records = list(tqdm(written, total=args.n, unit="story", disable=args.n < 20000))
         write_jsonl(args.out, records)

@@ -19,6 +19,7 @@ import math
 import os
 import random
 import statistics
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ from study import report  # noqa: E402
 from study.runs import Lab, Mix, Run  # noqa: E402
 
 SEEDS = (1, 2, 3)
+MAIN_JOB = 382  # its steps: after 150 nothing copies yet
 STUDY = {"run 1": (1e-4, "bf16-true", 1), "run 2": (5e-4, "bf16-true", 1), "run 3": (5e-4, "bf16-true", 2),
          "run 4": (5e-4, "bf16-mixed", 2)}  # peak learning rate, precision, --decay-rate
 LRS, SEEDED_LRS = (5e-5, 1e-4, 5e-4, 2e-3), (1e-4, 5e-4)  # of each precision; those with all seeds
@@ -589,10 +591,10 @@ EXPERIMENTS = {  # in the order in which they are run: what the others build on 
     7: Experiment("What LoRA needs to reach full fine-tuning", plan_sweep, report_sweep),
     2: Experiment("LoRA", plan_lora, report_lora),
     3: Experiment("Constraints", plan_constraints, report_constraints),
+    0: Experiment("How little data is enough?", plan_little_data, report_little_data),
     4: Experiment("Replay", plan_replay, report_replay),
     5: Experiment("Weight averaging", plan_averages, report_averages),
     6: Experiment("The leak", plan_leak, report_leak),
-    0: Experiment("How little data is enough?", plan_little_data, report_little_data),
 }
 
 
@@ -628,6 +630,14 @@ def write_csv(path, everything):
                                           "command": result["run"].command()})
 
 
+def commit():
+    """The commit of this checkout, and whether files differ from it."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return f"commit {git('rev-parse', '--short', 'HEAD') or 'unknown'}" + (
+        ", changed since" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
 def write_report(lab, numbers, command):
     lab.out.mkdir(parents=True, exist_ok=True)
     everything = {number: collect(lab, number) for number in sorted(numbers)}
@@ -641,6 +651,7 @@ def write_report(lab, numbers, command):
         f"{lab.data or 'the built-in corpus'}; {'; '.join(machines)}; training took "
         f"{sum(r['seconds'] for r in trained.values()) / 3600:.1f} hours in all. Losses are in nats per token; in "
         "brackets the least and the most over the seeds.",
+        f"Base: sha256 {lab.base[:16]}; data: {lab.data or f'generator version {generate.VERSION}'}; code: {commit()}.",
     ]
     findings = []
     for number, results in everything.items():
@@ -678,7 +689,7 @@ def parse_args(argv=None):
     flag("--data", help="as train_sft.py's (default: the built-in corpus); with stories.jsonl in it for experiment 4")
     flag("--preset", choices=PRESETS, help="geometry of --init; microstories: with the study's batches of 32")
     flag("--out", type=Path, default=Path("out/reproduce"), help="(default: %(default)s)")
-    flag("--steps", type=positive(int), help="optimizer steps of each run (default: 150; 60 with --quick)")
+    flag("--steps", type=positive(int), help=f"optimizer steps of each run (default: {MAIN_JOB}; 60 with --quick)")
     flag("--no-evaluate", dest="evaluate", action="store_false", help="losses only")
     args = parser.parse_args(argv)
     if args.preset and not (args.init and args.data):
@@ -686,7 +697,7 @@ def parse_args(argv=None):
     if sum(map(bool, (args.quick, args.only, args.experiment))) > 1:
         parser.error("--quick, --only and lora-sweep: choose one")
     args.only = args.only or ([7] if args.experiment else [1, 2] if args.quick else list(EXPERIMENTS))
-    args.steps = args.steps or (60 if args.quick else 150)
+    args.steps = args.steps or (60 if args.quick else MAIN_JOB)
     return args
 
 

@@ -39,7 +39,9 @@ from data import builtin  # noqa: E402
 SECONDS = 60  # a case that takes longer hangs
 WRONG = [True, "x", "", [], [1], {}, -1, 0, 1.5, float("nan"), float("inf"), -float("inf"), 10**12, "1e-5", "nan"]
 # not "--": argparse makes an empty list of it
-WRONG_FLAGS = ["", "x", "nan", "inf", "-inf", "-1", "1e999", "9" * 30, "0x10", "1,5", "\udcff", " ", "0.5.1"]
+WRONG_FLAGS = ["", "x", "nan", "inf", "-inf", "-1", "1e999", "9" * 30, "0x10", "1,5", "\udcff", " ", "0.5.1", "1e-300",
+               "1" + "0" * 400]
+LARGE = "9" * 30, "1e-300", "1" + "0" * 400  # where they are allowed they are numbers like others
 
 
 class Hangs(Exception):
@@ -55,8 +57,10 @@ def make(folder):
             for word in ("铲子", "皮球") if word in text]
     write_rows(folder / "pairs.jsonl", rows)
     write_rows(folder / "stories.jsonl", [{"text": text} for text in STORIES[:40]])
-    quiet(train_sft.main, [*common(folder), "--out", folder / "run"])
-    quiet(lora.main, [*common(folder), "--out", folder / "adapter", "--r", "2", "--targets", "q_proj"])
+    for main, more in ((train_sft.main, ["--out", folder / "run"]),
+                       (lora.main, ["--out", folder / "adapter", "--r", "2", "--targets", "q_proj"])):
+        code, err = quiet(main, [*common(folder), *more])
+        assert code == 0, f"{code}: {err}"  # without it every case would seem fine
 
 
 def common(folder):
@@ -165,12 +169,13 @@ def weights(folder, rng):
     tensors = load_file(path)
     name = rng.choice(list(tensors))
     tensor = tensors.pop(name)
-    kind = rng.choice(["gone", "nan", "inf", "int", "bool", "shape", "renamed"])
+    kind = rng.choice(["gone", "nan", "inf", "int", "bool", "fp8", "double", "shape", "renamed"])
     if kind == "renamed":
         tensors[name + "x"] = tensor
     elif kind != "gone":
         tensors[name] = {"nan": tensor * float("nan"), "inf": torch.full_like(tensor, float("inf")),
-                         "int": tensor.to(torch.int32), "bool": tensor.bool(),
+                         "int": tensor.to(torch.int32), "bool": tensor.bool(), "fp8": tensor.to(torch.float8_e4m3fn),
+                         "double": torch.full(tensor.shape, 1e300, dtype=torch.float64),
                          "shape": torch.cat([tensor, tensor])}[kind].contiguous()
     save_file(tensors, path, metadata=with_base)
     return sample.main, argv, f"{path.name}: {name} {kind}", True
@@ -182,10 +187,10 @@ def adapter(folder, rng):
         done, must = bytes_of(path, rng), False
     else:
         settings = json.loads(path.read_text())
-        field = rng.choice(["r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "peft_type"])
+        field = rng.choice(["r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "peft_type", "use_qalora"])
         value = rng.choice(WRONG)
         off = "", [], {}, 0  # as good as absent
-        fine = {"lora_alpha": (1.5, 10**12), "lora_dropout": off, "use_rslora": (True, *off)}
+        fine = {"lora_alpha": (1.5, 10**12), "lora_dropout": off, "use_rslora": (True, *off), "use_qalora": off}
         must = value not in fine.get(field, ())
         path.write_text(json.dumps(settings | {field: value}))
         done = f"{lora.CONFIG}: {field} {value!r}"
@@ -200,6 +205,11 @@ def state(folder, rng):
     if rng.random() < 0.2:
         path.unlink()
         done = f"{path.relative_to(folder)} is gone"
+    elif path.name == "train_state.pt" and rng.random() < 0.7:
+        content = torch.load(path, weights_only=True)
+        field, value = rng.choice(["step", "best", "optimizer"]), rng.choice(WRONG)
+        torch.save(content | {field: value}, path)
+        done = f"train_state.pt: {field} {value!r}"
     elif path.name == "args.json" and rng.random() < 0.7:
         settings = json.loads(path.read_text())
         field, value = rng.choice(list(settings)), rng.choice(WRONG)
@@ -229,7 +239,7 @@ def flags(folder, rng):
     flag, value = action.option_strings[-1], rng.choice(WRONG_FLAGS)
     bad_path = value in ("", "\udcff")  # the others are names of folders
     return main, [*argv, f"{flag}={value}"], f"{main.__module__} {flag}={value!r}", (
-        bad_path if action.type is to_path else action.type is not None and value != "9" * 30)  # a large number
+        bad_path if action.type is to_path else action.type is not None and value not in LARGE)
 
 
 KINDS = data, config, weights, adapter, state, flags

@@ -101,6 +101,7 @@ def test_sampling_is_seeded_and_its_filters_hold():
     assert drawn(top_p=0.6)[2:].sum() == 0 and drawn(top_p=0.6)[1] > 0.3  # the fewest that reach 0.6: two
     assert drawn(top_p=0.5)[1:].sum() == 0  # the likeliest alone reaches 0.5
     assert drawn(top_p=1e-9)[0] == 1 == drawn(temperature=0)[0] == drawn(temperature=1e-30)[0]
+    assert drawn(top_p=1e-300)[0] == 1 == drawn(temperature=1e-300)[0]  # 0 in float32
     assert drawn(temperature=100)[3] > 0.2 and drawn(top_k=1000)[3] > 0.02
 
 

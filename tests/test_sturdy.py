@@ -15,9 +15,11 @@ import torch
 from conftest import ROOT
 
 import checkpoint
+import lora
 import sample
 import train_sft
 from checkpoint import WEIGHTS, load_last
+from data import books, generate
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +139,8 @@ def test_a_folder_has_one_run_at_a_time(finished, model_dir, pairs_file, tmp_pat
 @pytest.mark.parametrize("holds", [
     {"config.json": "{}"}, {"args.json": '{"seed": 1}'}, {"args.json": "[1]"}, {"pytorch_model.bin": "x"},
     {"model-00001-of-00002.safetensors": "x", "model.safetensors.index.json": "{}"}, {"adapter_config.json": "{}"},
-    {"step-1000": "x"}, {"log.jsonl": "x"}])
+    {"step-001000": "x"}, {"log.jsonl": "x"}, {"loss.png": "x"}, {"eval.json": "{}"}, {"tokenizer.model": "x"},
+    {"tensorboard": "x"}, {"last.new": "x"}])
 def test_what_is_no_run_of_ours_is_never_replaced(holds, model_dir, pairs_file, tmp_path, refused):
     for name, content in holds.items():
         (tmp_path / "out").mkdir(exist_ok=True)
@@ -165,8 +168,37 @@ def test_a_run_that_was_killed_before_its_first_save_can_start_anew(model_dir, p
     assert load_last(out)[2]["step"] == 2 and not (out / "last.new").exists()
 
 
-@pytest.mark.parametrize("main, flag", [(train_sft.main, "--out"), (train_sft.main, "--init"), (sample.main, "--ckpt"),
-                                        (sample.main, "--file")])
+def test_a_run_that_was_killed_while_it_replaced_another_can_start_anew(model_dir, pairs_file, run_dir, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_sft, "save_last", killed)
+        train_sft.main(flags(model_dir, pairs_file, run_dir, "--overwrite"))
+    train_sft.main(flags(model_dir, pairs_file, run_dir))
+    assert load_last(run_dir)[2]["step"] == 2
+
+
+def test_a_run_that_was_made_meanwhile_is_not_replaced(finished, model_dir, pairs_file, tmp_path, monkeypatch, refused):
+    out = tmp_path / "run"  # not there when the second command looks
+
+    def other_run(*_):
+        shutil.copytree(finished, out)
+    monkeypatch.setattr(common, "wait_for_all", other_run)
+    refused(train_sft.main, flags(model_dir, pairs_file, out), out, "already holds")
+    assert load_last(out)[2]["step"] == 2
+
+
+@pytest.mark.parametrize("source", [".", "last"])
+def test_the_model_that_a_run_starts_from_is_not_replaced(source, pairs_file, run_dir, refused):
+    for main, more in ((train_sft.main, []), (lora.main, ["--r", "2"])):
+        before = (run_dir / WEIGHTS).read_bytes()
+        refused(main, flags(run_dir / source, pairs_file, run_dir, "--overwrite", *more), run_dir, "starts from")
+        assert (run_dir / WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize("main, flag", [
+    (train_sft.main, "--out"), (train_sft.main, "--init"), (sample.main, "--ckpt"), (sample.main, "--file"),
+    (generate.main, "--out"), (books.main, "--out")])
 def test_an_empty_path_is_not_the_current_folder(main, flag, refused):
     refused(main, [flag, ""], flag, "empty")
 
@@ -180,6 +212,11 @@ def spoil(**changes):
     return change
 
 
+def state(**changes):
+    content = {"step": 2, "best": None, "optimizer": {}} | changes
+    return lambda out: torch.save(content, out / "last/train_state.pt")
+
+
 def write(name, content):
     return lambda out: (out / name).write_bytes(content)
 
@@ -189,18 +226,21 @@ def halve(name):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (halve("last/train_state.pt"), ["train_state.pt is damaged", "the model in"]),
+    (halve("last/train_state.pt"), ["train_state.pt is damaged", "the best model"]),
     (write("last/train_state.pt", b""), ["train_state.pt is damaged"]),
     (write("last/train_state.pt", b"words"), ["train_state.pt is damaged"]),
     (lambda out: torch.save({"step": "2"}, out / "last/train_state.pt"), ["train_state.pt is damaged"]),
     (lambda out: torch.save([1], out / "last/train_state.pt"), ["train_state.pt is damaged"]),
-    (lambda out: torch.save({"step": 2, "best": None, "optimizer": {}}, out / "last/train_state.pt"),
-     ["another optimizer"]),
-    (halve("last/" + WEIGHTS), [WEIGHTS]), (write("last/" + WEIGHTS, b""), [WEIGHTS]),
+    (state(), ["another optimizer"]), (state(optimizer="x"), ["another optimizer"]),
+    *[(state(**wrong), ["train_state.pt is damaged"]) for wrong in (
+        {"step": -5}, {"step": True}, {"best": "x"}, {"best": []}, {"best": [float("nan"), 1]}, {"best": [1.0, "1"]})],
+    (halve("last/" + WEIGHTS), [WEIGHTS, "the best model"]), (write("last/" + WEIGHTS, b""), [WEIGHTS]),
     (write("last/config.json", b"{}"), ["config.json"]), (write("last/tokenizer.model", b"x"), ["tokenizer.model"]),
     (lambda out: (out / "last/tokenizer.model").unlink(), ["tokenizer.model"]),
     (write("log.jsonl", b'{"loss": 1}\n'), ["log.jsonl is damaged"]), (write("log.jsonl", b"?}\n"), ["log.jsonl"]),
-    (write("args.json", b""), ["settings"]), (write("args.json", b"3"), ["settings"]),
+    (write("log.jsonl", b"\xff\n"), ["log.jsonl is damaged"]), (write("args.json", b"{}"), ["args.json"]),
+    (write("args.json", b"[]"), ["args.json"]), (write("args.json", b""), ["settings"]),
+    (write("args.json", b"3"), ["settings"]),
     (write("args.json", b"\xff"), ["settings"]), (lambda out: (out / "args.json").unlink(), ["args.json"]),
     (spoil(lr="high"), ["--lr"]), (spoil(lr=[1]), ["--lr"]), (spoil(lr=-1), ["--lr"]),
     (spoil(dtype="fp8"), ["--dtype"]),

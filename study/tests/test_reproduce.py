@@ -1,5 +1,6 @@
 """reproduce.py at toy size: every experiment, and verdicts that follow from the numbers."""
 import csv
+import hashlib
 import json
 import math
 import statistics
@@ -82,6 +83,8 @@ def test_all_experiments_and_a_finding_that_does_not_hold(toy, tmp_path, capsys)
     assert found["lr 5e-4 beats 1e-4"] == (f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]",
                                           "holds" if mean > half else "undecided")
     report = (out / "report.md").read_text(encoding="utf-8")
+    base = hashlib.sha256((Path(toy[1]) / WEIGHTS).read_bytes()).hexdigest()
+    assert f"Base: sha256 {base[:16]}; data: {toy[3]}; code: commit " in report
     images = [line.split("](")[1].rstrip(")") for line in report.splitlines() if line.startswith("![")]
     assert len(images) == 6 and all((out / name).stat().st_size > 5000 for name in images)
     assert report.count("汤姆和杰瑞") == 1
