@@ -1,5 +1,10 @@
 """What every command shares: the command line and its errors, device and precision, atomic writes, stop signals, and
 the processes of a torchrun."""
+import sys
+
+# Ctrl-C ends a command without a traceback, also while PyTorch is imported, so this file is imported first of all
+sys.excepthook = lambda kind, *error: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)
+
 import argparse
 import atexit
 import codecs
@@ -9,16 +14,12 @@ import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from pathlib import Path
 
-# Ctrl-C ends a command without a traceback, also while PyTorch is imported, so this file is imported first of all
-sys.excepthook = lambda kind, *error: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 
 try:
     import fcntl

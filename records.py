@@ -21,11 +21,12 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 FIELDS = {"instruction", "input", "output", "text", "story", "story_zh", "constraints", "words", "features", "sentence",
           "summary"}
 OTHER_FORMATS = {"gzip-compressed": rb"\x1f\x8b", "a zip file (as .xlsx is)": rb"PK\x03\x04"}
+JSON = re.compile(rb"[{[]\s*([\"{[]|$)")  # how a .txt begins that is JSON, and no story: [序]
 TABLE = re.compile(rb'"?\w+"?(?:([,;\t])"?\w+"?)+\s*$')  # the first line of a table without .csv or .tsv to its name
 # other people's fields: prompt and completion (Hugging Face, OpenAI), question and answer, content (of a title)
 ALIASES = {"prompt": "instruction", "question": "instruction", "query": "instruction", "completion": "output",
            "response": "output", "answer": "output", "content": "text"}
-TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # OpenAI, ShareGPT: who, says what
+TURNS = "messages", "conversations"  # OpenAI's, with role and content; ShareGPT's, with from and value; or mixed
 SPEAKERS = {"user": "instruction", "human": "instruction", "assistant": "output", "gpt": "output"}
 NOT_READ = "system", "history", "title"
 csv.field_size_limit(2**31 - 1)
@@ -68,12 +69,13 @@ def usual(record):
     """A record in other people's fields -> the same in ours; a ValueError says what the row "has"."""
     if not isinstance(record, dict):
         return record
-    for field, (who, what) in TURNS.items():
+    for field in TURNS:
         if isinstance(turns := record.get(field), list):
             if not all(isinstance(turn, dict) for turn in turns):
                 raise ValueError(f"has {field!r} that are no turns")
-            said = {str(turn.get(who)): turn.get(what) for turn in turns}
-            speakers = [str(turn.get(who)) for turn in turns if turn.get(who) != "system"]
+            who = [str(turn.get("role", turn.get("from"))) for turn in turns]
+            said = {speaker: turn.get("content", turn.get("value")) for speaker, turn in zip(who, turns)}
+            speakers = [speaker for speaker in who if speaker != "system"]
             if [SPEAKERS.get(speaker) for speaker in speakers] not in (["instruction"], ["instruction", "output"]):
                 raise ValueError(f"has the turns {', '.join(speakers)}; one instruction and one story are needed")
             record = {key: value for key, value in record.items() if key != field} | {
@@ -81,6 +83,13 @@ def usual(record):
     for theirs, ours in ALIASES.items():
         if theirs in record and not record.keys() & {ours, *(["story_zh", "story"] if ours == "text" else [])}:
             record = {ours if key == theirs else key: value for key, value in record.items()}
+    return record
+
+
+def plain(record):
+    """A string that has no line of a translation cache in it is a story."""
+    if isinstance(record, str) and not any(parse_record(record)[::2]):
+        return {"text": record}
     return record
 
 
@@ -99,7 +108,7 @@ def _scan(f, name, encoding):
         delimiter = table[1].decode() if table else "\t" if kind == "tsv" else ","
         yield from _table(name, b"".join(head) + f.read(), delimiter)
         return
-    if kind == "txt" and first and not first.startswith((b"{", b"[")):
+    if kind == "txt" and first and not JSON.match(first):
         yield from _text(name, b"".join(head) + f.read())
         return
     if first.startswith(b"[") or (first.startswith(b"{") and (
@@ -109,7 +118,7 @@ def _scan(f, name, encoding):
     for row, line in enumerate(chain(head, f), 1):
         if line.removeprefix(BOM).strip():
             try:
-                yield row, _decode(line)
+                yield row, plain(_decode(line))
             except ValueError as e:
                 yield row, RowError(f"{name}: row {row} {e}", line.decode("utf-8", "replace"))
 
@@ -187,7 +196,7 @@ def _whole(name, data):
     except ValueError as e:
         raise ValueError(f"{name} {e}") from None
     if isinstance(value, list):
-        return value
+        return list(map(plain, value))
     values = list(value.values())
     if not value.keys() & {*FIELDS, *TURNS, *ALIASES}:
         if any(isinstance(v, list) and all(isinstance(row, dict) for row in v) for v in values):
@@ -247,8 +256,9 @@ def read_instructions(path, encoding="utf-8"):
 
 
 def read_stories(path, encoding="utf-8"):
-    """-> list of texts, from the field `text` (or `story_zh`)."""
-    texts = [text_field(path, row, record, ["text", "story_zh"]) for row, record in read_records(path, encoding)]
+    """-> list of texts, from the field `text` (or `story_zh`, or a pair's `output`)."""
+    names = ["text", "story_zh", "output"]
+    texts = [text_field(path, row, record, names) for row, record in read_records(path, encoding)]
     if not texts:
         raise ValueError(f"{path}: no rows")
     return texts

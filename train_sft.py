@@ -210,8 +210,11 @@ def open_log(out, done, tell=None):
     common.write_text(path, "".join(kept))
 
     def log(**fields):
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(fields) + "\n")
+        try:
+            with open(path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(fields) + "\n")
+        except OSError as e:
+            raise OSError(f"cannot write to {path}: {e.strerror}") from None
         if tell:
             tell(fields)
     return log
@@ -234,7 +237,7 @@ def training_parser(description):
     flag("--init", type=to_path, help="model directory to start from (default of fine-tuning: the base that ships)")
     flag("--data", type=to_path, help="file (docs/data.md), or a directory with train.jsonl and val.jsonl "
                                       "(default: the built-in corpus)")
-    flag("--encoding", type=common.codec, default="utf-8", help="of --data, say gb18030 (default: %(default)s)")
+    flag("--encoding", type=common.codec, default="utf-8", help="of the data files, say gb18030 (default: %(default)s)")
     flag("--val-data", type=to_path, help="validation file (default: split off from --data)")
     flag("--val-fraction", type=fraction, default=0.05, help="share of the stories for validation; a story is on one "
                                                              "side with all its rows (default: %(default)s)")
@@ -481,7 +484,7 @@ def load_replay(args, tokenizer):
     """-> the plain stories of --replay, encoded. Raises ValueError without any."""
     if args.data and not args.replay_data:
         raise ValueError("--replay with --data needs --replay-data, the plain stories of the base's pretraining")
-    texts = read_stories(args.replay_data) if args.replay_data else builtin.replayed()
+    texts = read_stories(args.replay_data, args.encoding) if args.replay_data else builtin.replayed()
     return dataset.encode_stories(tokenizer, texts, args.block_size, "replay")
 
 

@@ -356,6 +356,8 @@ def test_300_malformed_records_lose_no_good_one(tmp_path):
     ("a.jsonl", json.dumps({"messages": [{"role": "user", "content": "词汇：铲子"},
                                          {"role": "assistant", "content": STORY}]}), []),
     ("a.txt", f"{STORY}\n\n{STORY[::-1]}\n", ["--extract", "words"]),
+    ("a.json", json.dumps([STORY, STORY[::-1]]), ["--extract", "words"]),
+    ("a.jsonl", json.dumps(STORY), ["--extract", "words"]),
     ("a.txt", f"词汇：铲子\n故事：{STORY}<|endoftext|>", []),
     ("a.jsonl", "\n" + json.dumps({"instruction": "词汇：铲子", "output": STORY + "<|endoftext|>"})
      + "\n" + json.dumps({"instruction": "词汇：铲子", "output": STORY}), [])])

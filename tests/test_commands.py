@@ -511,7 +511,7 @@ def test_bad_rows_reach_the_user(model_dir, tmp_path, refused):
     data = tmp_path / "data.jsonl"
     data.write_text('{"instruction": "词汇：猫", "output": "猫。"}\n{"instruction": "词汇：猫"}\n', encoding="utf-8")
     refused(train_sft.main, ["--init", model_dir, "--data", data, "--out", tmp_path / "run"], data, "row 2", "output")
-    refused(pretrain.main, ["--data", data, "--out", tmp_path / "run"], data, "row 1", "text")
+    refused(pretrain.main, ["--data", data, "--out", tmp_path / "run"], data, "row 2", "text")
     refused(sample.main, ["--ckpt", model_dir, "--file", tmp_path], str(tmp_path))
     data.write_bytes("词汇：狗".encode("gbk"))
     refused(sample.main, ["--ckpt", model_dir, "--file", data], data, "not UTF-8")

@@ -368,7 +368,7 @@ def test_mistakes_of_the_command(model_dir, tok, pairs_file, tmp_path, refused, 
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3"])
 def test_what_is_merged_on_the_shapes_of_others_computes_the_same(name, tok, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = random_model(tiny_config(tok.vocab_size, **GEOMETRIES[name]))

@@ -127,6 +127,8 @@ PAIR = [("词汇：猫", "“猫，\n来了。”")]
         {"role": "assistant", "content": PAIR[0][1]}]}, ensure_ascii=False)),
     ("a.jsonl", json.dumps({"conversations": [{"from": "human", "value": "词汇：猫"},
                                               {"from": "gpt", "value": PAIR[0][1]}]}, ensure_ascii=False)),
+    ("a.jsonl", json.dumps({"conversations": [{"role": "user", "content": "词汇：猫"},
+                                              {"role": "assistant", "content": PAIR[0][1]}]}, ensure_ascii=False)),
     ("a.csv", 'instruction,input,output\r\n词汇：猫,,"“猫，\n来了。”"\r\n'),
     ("a.csv", '\ufeffprompt;completion\n词汇：猫;"“猫，\n来了。”"\n'),
     ("a.tsv", 'instruction\toutput\n词汇：猫\t"“猫，\n来了。”"\n'),
@@ -136,6 +138,19 @@ def test_pairs_in_other_peoples_formats(tmp_path, name, content, encoding):
     path = tmp_path / name
     path.write_bytes((content if encoding == "utf-8" else content.removeprefix("\ufeff")).encode(encoding))
     assert read_instructions(path, encoding) == PAIR
+
+
+@pytest.mark.parametrize("first", ["[序]", "{第一章}", "[1] 开头"])
+def test_a_text_file_may_begin_with_a_bracket(tmp_path, first):
+    (tmp_path / "a.txt").write_text(f"{first}\n猫来了。\n", encoding="utf-8")
+    assert read_stories(tmp_path / "a.txt") == [first, "猫来了。"]
+    (tmp_path / "a.txt").write_text('[\n"猫来了。"]', encoding="utf-8")
+    assert read_stories(tmp_path / "a.txt") == ["猫来了。"]
+
+
+def test_the_stories_of_pairs_are_stories_too(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "词汇：猫", "completion": "猫来了。"}', encoding="utf-8")
+    assert read_stories(tmp_path / "a.jsonl") == ["猫来了。"]
 
 
 @pytest.mark.parametrize("name, content, said", [
