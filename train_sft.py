@@ -247,11 +247,12 @@ def training_parser(description):
     # optimization
     flag("--lr", type=positive(float), default=5e-4, help="peak learning rate (default: %(default)s)")
     flag("--min-lr", type=not_negative(float), help="learning rate at the end (default: lr / 10)")
-    flag("--warmup", type=not_negative(int), help="steps of linear warm-up (default: 100, at most a tenth of all)")
+    flag("--warmup", type=not_negative(int), help="steps of linear warm-up (default: 100, at most a tenth of all; in "
+                                                  "pretraining the preset's, 200 or 1,000)")
     flag("--decay-rate", type=positive(float), default=1.0,
          help="r: the cosine falls r times as fast, then holds (default: %(default)s)")
     flag("--epochs", type=positive(float),
-         help="passes over the data (default: 3; 1 over built-in stories, of which there are always more)")
+         help="passes over the data (default: 3; 1 in pretraining, and over built-in stories)")
     flag("--max-steps", type=positive(int), help="optimizer steps, instead of --epochs")
     flag("--batch-size", type=positive(int), default=16, help="rows of a micro-batch (default: %(default)s)")
     flag("--grad-accum", type=positive(int), default=1, help="micro-batches of a step (default: %(default)s)")
