@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 import dataset
 import figures
-from checkpoint import find_base, load_last, load_model, save_last, save_model
+import lora
+from checkpoint import WEIGHTS, find_base, load_last, load_model, save_last, save_model
 from data import builtin
 from dataset import next_token_loss, total_loss
 from records import read_instructions, read_stories, split_by_story
@@ -225,8 +226,11 @@ def open_log(out, done, tell=None):
 SAVE_SECONDS = 600  # between saves, at most
 ONCE = ("resume", "overwrite", "log")  # flags of one call, not settings of the run
 KEPT = "step-" + "[0-9]" * 6  # of --keep
-WRITTEN = ("*.safetensors*", "*.bin*", "*config.json", "tokenizer.*", "last", "last.old", "last.new", KEPT, "args.json",
-           "log.jsonl", "eval.json", "loss.png", "rl.png", "tensorboard")  # what a run leaves behind
+# what a run, of a model or of an adapter, leaves behind; and what others' models consist of
+WRITTEN = (WEIGHTS, "config.json", "generation_config.json", lora.TENSORS, lora.CONFIG, "tokenizer.model",
+           "tokenizer.json", "tokenizer_config.json", "last", "last.old", "last.new", KEPT, "args.json", "log.jsonl",
+           "eval.json", "loss.png", "rl.png", "tensorboard")
+MODELS = "*.safetensors*", "*.bin*", "*config.json"
 
 
 def training_parser(description):
@@ -338,7 +342,7 @@ def check_out(args):
         source = source.resolve()
         if out.resolve() in (source, source.parent if source.name in ("last", "last.old") else source):
             raise ValueError(f"--out {out} is the model that the run starts from")
-    holds = [path.name for pattern in WRITTEN for path in out.glob(pattern)]
+    holds = [path.name for pattern in (*WRITTEN, *MODELS) for path in out.glob(pattern)]
     if holds and not args.resume and not is_run(out):
         raise ValueError(f"--out {out} holds {holds[0]} but was not made by a training run: it is never replaced")
     # a run that was stopped before its first save has settings and perhaps a log, and nothing to lose

@@ -153,8 +153,11 @@ def test_what_is_no_run_of_ours_is_never_replaced(holds, model_dir, pairs_file, 
 def test_overwrite_removes_what_the_run_wrote_and_nothing_else(model_dir, pairs_file, run_dir):
     for name in ("last_good", "step-1000", "step-000001", "last.old"):
         (run_dir / name).mkdir()
+    own = {"mine.safetensors", "mine.bin", "my_config.json", "tokenizer.txt"}  # of the user
+    for name in own:
+        (run_dir / name).touch()
     train_sft.main(flags(model_dir, pairs_file, run_dir, "--overwrite"))
-    assert {"last_good", "step-1000"} <= {path.name for path in run_dir.iterdir()}
+    assert {"last_good", "step-1000"} | own <= {path.name for path in run_dir.iterdir()}
     assert not (run_dir / "step-000001").exists() and not (run_dir / "last.old").exists()
 
 
