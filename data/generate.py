@@ -44,8 +44,8 @@ from constraints import (  # noqa: E402
 from data import language  # noqa: E402
 from data.language import ANY, HERO, LANGUAGE, Slot, load  # noqa: E402
 
-VERSION = 8                     # of the output: raise it when a seed gives different stories
-STORY_CHARS = {"short": (40, 380), "long": (120, 430)}   # by `length` of the plot
+VERSION = 9                     # of the output: raise it when a seed gives different stories
+STORY_CHARS = {"retold": (8, 380), "short": (40, 380), "long": (120, 430)}   # by `length` of the plot
 LEAST_RECURRENCE = {"short": 2, "long": 3}
 SUMMARY_CHARS = 8, 60
 SENTENCE_CHARS = 5, 30          # of the sentence that serves as 随机句子
@@ -66,6 +66,8 @@ MAIN_CHARACTERS = "hero", "pal", "friend"
 TOPICS = "东西", "大件", "车船", "吃的", "喝的", "植物", "动物", "人物", "地方"
 KINDS = {  # of words, in later.toml; the rest are 其他
     "名物": (*TOPICS, "天上", "材料", "身体"), "动作": ("动作", "做", "活动", "变化", "成语做")}
+CHILDREN = "画画"               # the setting, of later.toml, behind a summary whose hero is of no class below
+SETTINGS = {"动物": "做梦", "animal": "做梦", "人物": "演戏"}
 PERSONS = "动物", "人物"         # those of them who act, and can have a name
 SPLICED_SUMMARY = 0.4           # share of asked summaries whose clauses are spliced of several
 SHORT_SUMMARY = 0.4             # share of the asked summaries that end early: people write short ones, too
@@ -368,7 +370,7 @@ def scenes(world, rng, words, values, talk, taken):
 
 
 def length(plot):
-    return "short" if plot["open"] else "long"
+    return "retold" if not plot else "short" if plot["open"] else "long"
 
 
 def recurs(text, plot, values):
@@ -502,7 +504,7 @@ def open_summary(world, rng, words, held_out):
 def afterwards(world, rng, words, values, talk, spoken):
     """What the hero then makes of it all (draws it, dreams of it, …): one of the settings of later.toml, with a
     sentence for each word, which begins with it. spoken: the first sentence is to be speech."""
-    setting = prefer(rng, world["later"], values["hero.kind"], "setting")
+    setting = world["later"][SETTINGS.get(values["hero.class"], CHILDREN)]
     first = [text for text in setting["开头"] if ("“" in text or not spoken) and ("“" not in text or talk)]
     parts = [rng.choice(first)]
     for i, word in enumerate(words):
@@ -513,8 +515,8 @@ def afterwards(world, rng, words, values, talk, spoken):
 
 
 def retell(world, rng, words, sentence, talk, dialogue, held_out):
-    """As `tell`, of a summary that somebody else wrote: it is told in its own words, then what the hero makes of it,
-    with all asked words, or else with something that it names."""
+    """As `tell`, of a summary that somebody else wrote: it is told in its own words. Where words or dialogue are asked
+    for, which need a place, what the hero makes of it comes behind."""
     told, features, values = open_summary(world, rng, words, held_out)
     summary = "，".join(told) + "。"
     words, there = list(words), words_in(summary, words_to_ask_for())
@@ -523,10 +525,8 @@ def retell(world, rng, words, sentence, talk, dialogue, held_out):
             free = [entry for entry in there
                     if not held_out and not clashes(entry["word"], [other["word"] for other in words])]
             words[i] = rng.choice(free or [word])
-    things = [entry for entry in words_in(summary) if not clashes(entry["word"], [values["hero"], values["hero.full"]])]
-    named = words or rng.sample(things, min(len(things), rng.choice((1, 1, 2))))
-    named = named or [{"word": values["hero"], "class": PERSONS[0]}]
-    return sentence + summary + LATER + afterwards(world, rng, named, values, talk, dialogue), summary, {
+    behind = LATER + afterwards(world, rng, words, values, talk, dialogue) if words or dialogue else ""
+    return sentence + summary + behind, summary, {
         "words": words, "plot": None, "features": features, "values": values, "drawn": [],
         "parts_of_speech": {entry["word"]: world["lexicon"][entry["class"]]["pos"] for entry in there}}
 
@@ -536,7 +536,7 @@ def retell(world, rng, words, sentence, talk, dialogue, held_out):
 
 def sound(text, summary, source):
     """Is this story worth keeping? Right length, no repeated sentence, everything in it that must be."""
-    low, high = STORY_CHARS[length(source["plot"]) if source["plot"] else "short"]
+    low, high = STORY_CHARS[length(source["plot"])]
     parts = list(map(fold, sentences(text)))
     return (low <= len(text) <= high and SUMMARY_CHARS[0] <= len(summary) <= SUMMARY_CHARS[1]
             and len(set(parts)) == len(parts) and (not source["plot"] or recurs(text, source["plot"], source["values"]))
@@ -616,6 +616,9 @@ def stories(n, seed, folder=LANGUAGE, held_out=False):
     for name in CLASSES:
         if not world["lexicon"].get(name, {}).get("open"):
             raise ValueError(f"{Path(folder, 'words.toml')}: no open class {name!r}")
+    for name in (CHILDREN, *SETTINGS.values()):
+        if name not in world["later"]:
+            raise ValueError(f"{Path(folder, 'later.toml')}: no setting {name!r}")
     return _stories(n, seed, world, held_out)
 
 

@@ -33,9 +33,9 @@ CHARACTER = ("full", "ta")      # {hero.full} 小兔豆豆, {hero.ta} 它; {hero
 
 
 def load(folder=LANGUAGE):
-    """-> {"lexicon": {class: …}, "plots": […], "scenes": {class: [phrasing, …]}, "later": [{heading: [sentence, …]},
-    …], "sentences": [phrasing, …]}: what load_classes, load_plot, load_phrasings, load_settings give. Raises
-    ValueError."""
+    """-> {"lexicon": {class: …}, "plots": […], "scenes": {class: [phrasing, …]}, "later": {setting: {heading:
+    [sentence, …]}}, "sentences": [phrasing, …]}: what load_classes, load_plot, load_phrasings, load_settings give.
+    Raises ValueError."""
     return _load(Path(folder))
 
 
@@ -262,7 +262,7 @@ def load_phrasings(path, lexicon):
 
 
 def load_settings(path):
-    """later.toml: [{"开头": [sentence, …], "结尾", "名物", "动作", "其他"}, …]."""
+    """later.toml: {setting: {"开头": [sentence, …], "结尾", "名物", "动作", "其他"}}."""
     settings, seen = read_toml(path), set()
     for name, table in settings.items():
         check_fields(table, f"{path}: [{name}]", dict.fromkeys(("开头", "结尾", "名物", "动作", "其他"), list), {})
@@ -283,7 +283,7 @@ def load_settings(path):
                 raise ValueError(f"{path}: [{name}] {heading}: needs {2 * MOST} sentences, two for each word")
         if len({"“" in text for text in table["开头"]}) < 2:
             raise ValueError(f"{path}: [{name}] 开头: needs sentences with speech and without")
-    return list(settings.values())
+    return settings
 
 
 # -----------------------------------------------------------------------------
