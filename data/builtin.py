@@ -13,7 +13,6 @@ SEEDS = {  # of data/generate.py and data/books.py
     "reinforcement": 6,
     # to judge by
     "pretraining, validation": 3,
-    "fine-tuning, validation": 4,
     "reinforcement, validation": 7,
     "features": 97,          # the labelled stories of study/features.py
     "plain stories": 98,     # on which forgetting is measured
@@ -49,12 +48,6 @@ def fine_tuning():
     a model that learns from them no longer tells it first (docs/log.md)."""
     seed = SEEDS["fine-tuning"]
     return list(generate.instructions(generate.stories(STORIES, seed), seed))
-
-
-def fine_tuning_validation():
-    """-> instruction records of other stories."""
-    seed = SEEDS["fine-tuning, validation"]
-    return list(generate.instructions(generate.stories(VALIDATION_STORIES, seed), seed))
 
 
 def reinforcement():
