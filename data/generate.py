@@ -6,9 +6,9 @@ A story is drawn after its instruction: words of any kind and a sentence. The se
 each word, a sentence or two that mostly begin with it, in the order asked. To follow the instruction is then the
 likeliest way to begin, which a low temperature picks. No word follows from another one, so a model that gets them right
 has copied them from its prompt. Then a plot is told, with slots for as many of the words as possible, an ending, a
-phrasing for each beat. A summary that is asked for is told in its own words instead, and the words come behind it, in
-what the hero then makes of it all. The language files (language.py) hold the words and sentences that all of this is
-made of.
+phrasing for each beat. A summary that is asked for is told in its own words instead; only where words or dialogue are
+asked for, what the hero makes of it comes behind, with a sentence for each word. The language files (language.py) hold
+the words and sentences that all of this is made of.
 """
 import functools
 import hashlib
@@ -502,8 +502,8 @@ def open_summary(world, rng, words, held_out):
 
 
 def afterwards(world, rng, words, values, talk, spoken):
-    """What the hero then makes of it all (draws it, dreams of it, …): one of the settings of later.toml, with a
-    sentence for each word, which begins with it. spoken: the first sentence is to be speech."""
+    """What the hero then makes of it all (draws it, plays it, dreams of it): the setting of later.toml for the hero's
+    class, with a sentence for each word, which begins with it. spoken: the first sentence is to be speech."""
     setting = world["later"][SETTINGS.get(values["hero.class"], CHILDREN)]
     first = [text for text in setting["开头"] if ("“" in text or not spoken) and ("“" not in text or talk)]
     parts = [rng.choice(first)]

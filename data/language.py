@@ -4,7 +4,7 @@ lexicon.toml   closed classes of words: any word of a class fits wherever the cl
 words.toml     open classes: thousands of words by kind, for open plots, scenes and sentences
 plots/, open/  one plot a file; those of open/ are short and have slots of open classes
 scenes.toml    a sentence or two that bring in a word, before the plot
-later.toml     what the hero makes of a summary that has been told, with a sentence for each word
+later.toml     what the hero makes of a summary that has been told, with a sentence for each asked word
 sentences.toml plain sentences that stand alone
 
 lexicon.toml and plots/lost.toml begin with an explanation of the format.
