@@ -1,0 +1,22 @@
+"""Where what is asked stands in a story."""
+from study import places
+
+
+def test_places_and_their_table():
+    asked = {"词汇": ["小猫", "桥", "雨"], "随机句子": "天黑了。"}
+    found = places.places(asked, "天黑了。小猫过桥。")
+    assert found == [("first word", 2), ("other words", 3), ("other words", None), ("sentence", 0)]
+    table = list(places.lines(found))
+    assert table[0].count("|") == table[1].count("|") == table[2].count("|")
+    assert table[3] == "| other words | 0% | 0% | 0% | 50% | 0% | 50% | 2 |"
+
+
+def test_the_command(model_dir, capsys, monkeypatch, tmp_path, refused):
+    monkeypatch.setattr(places, "SAMPLING", places.SAMPLING | {"max_new_tokens": 4})
+    monkeypatch.setattr(places, "HANDWRITTEN", tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "词汇：小猫\\n特点：对话"}\n{"instruction": "特点：对话"}\n',
+                                         encoding="utf-8")
+    places.main([str(model_dir)])
+    out = capsys.readouterr().out
+    assert out.startswith(str(model_dir)) and out.rstrip().endswith("| 1 |")
+    refused(places.main, [tmp_path], tmp_path)
