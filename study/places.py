@@ -22,12 +22,12 @@ PARTS = 5
 
 
 def places(constraints, story):
-    """[(kind, the part of the story, 0 to PARTS - 1, in which it comes first, or None)] of what is asked."""
+    """[(kind, where in the story it comes first, from 0 to 1, or None)] of what is asked."""
     asked = [("first word" if i == 0 else "other words", word) for i, word in enumerate(constraints.get(WORDS, []))]
     if SENTENCE in constraints:
         asked.append(("sentence", constraints[SENTENCE]))
     found = [(kind, story.find(part)) for kind, part in asked]
-    return [(kind, PARTS * at // len(story) if at >= 0 else None) for kind, at in found]
+    return [(kind, at / len(story) if at >= 0 else None) for kind, at in found]
 
 
 def lines(found):
@@ -35,7 +35,7 @@ def lines(found):
     yield "| |" + "".join(f" fifth {i + 1} |" for i in range(PARTS)) + " missing | n |"
     yield "|---|" + "---|" * (PARTS + 2)
     for kind in dict.fromkeys(kind for kind, _ in found):
-        where = [part for other, part in found if other == kind]
+        where = [place if place is None else int(PARTS * place) for other, place in found if other == kind]
         shares = [where.count(part) / len(where) for part in (*range(PARTS), None)]
         yield f"| {kind} |" + "".join(f" {share:.0%} |" for share in shares) + f" {len(where)} |"
 

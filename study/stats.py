@@ -16,11 +16,12 @@ from common import command_line, positive  # noqa: E402
 
 from tqdm import tqdm  # noqa: E402
 
-from constraints import FEATURES, SENTENCE, SUMMARY, WORDS, has_dialogue, sentences  # noqa: E402
+from constraints import FEATURES, SUMMARY, WORDS, has_dialogue, sentences  # noqa: E402
 from data import generate, language  # noqa: E402
 from data.judged import add_rivals  # noqa: E402
 from data.language import Slot  # noqa: E402
 from evaluate import obedience  # noqa: E402
+from study.places import places  # noqa: E402
 
 XZ_CHARS = 1_100_000
 
@@ -63,13 +64,6 @@ def names(source):
     values = source["values"]
     return [values[slot] for slot in (source["plot"]["slots"] if source["plot"] else ["hero"])
             if slot in values and values[slot] != values[slot + ".kind"]]
-
-
-def places(rows):
-    """Where asked words and sentences first stand in their stories, 0 to 1: a list."""
-    asked = [(row["output"], word) for row in rows for word in row["constraints"].get(WORDS, [])]
-    asked += [(row["output"], row["constraints"][SENTENCE]) for row in rows if SENTENCE in row["constraints"]]
-    return [text.index(part) / len(text) for text, part in asked]
 
 
 def world_lines(world, stories):
@@ -118,7 +112,7 @@ def grammar(n, seed):
     rows = list(generate.instructions((record | {"story_id": ""} for record in records), seed))
     yield from world_lines(world, stories)
     yield from free_sentences(world, n, seed)
-    at = sorted(places(rows))
+    at = sorted(place for row in rows for _, place in places(row["constraints"], row["output"]))
     yield "place of asked words and sentences in their story: median, share in the first third", (
         f"{at[len(at) // 2]:.2f}, {sum(place < 1 / 3 for place in at) / len(at):.0%}")
     plots = [(record, source) for record, source in stories if source["plot"]]

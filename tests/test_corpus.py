@@ -53,7 +53,7 @@ def test_nothing_that_is_judged_by_is_trained_on():
               *(r["output"] for r in builtin.held_out_instructions()),
               *(r["text"] for r in generate.authored("heldout"))]
     trained = [*(r["output"] for r in builtin.fine_tuning()), *books.texts(1000, seeds["pretraining"])]
-    assert len(set(trained)) > 6000 and len(set(judged)) > 900
+    assert len(set(trained)) > 6000 and len(set(judged)) > 1000
     assert not {story_hash(story) for story in judged} & {story_hash(story) for story in trained}
     parts = {part for text in trained for part in text.split("\n")}  # a book may hold two stories
     assert not parts & set(judged)

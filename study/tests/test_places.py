@@ -5,9 +5,10 @@ from study import places
 def test_places_and_their_table():
     asked = {"词汇": ["小猫", "桥", "雨"], "随机句子": "天黑了。"}
     found = places.places(asked, "天黑了。小猫过桥。")
-    assert found == [("first word", 2), ("other words", 3), ("other words", None), ("sentence", 0)]
+    assert found == [("first word", 4 / 9), ("other words", 7 / 9), ("other words", None), ("sentence", 0)]
     table = list(places.lines(found))
     assert table[0].count("|") == table[1].count("|") == table[2].count("|")
+    assert table[2] == "| first word | 0% | 0% | 100% | 0% | 0% | 0% | 1 |"
     assert table[3] == "| other words | 0% | 0% | 0% | 50% | 0% | 50% | 2 |"
 
 
