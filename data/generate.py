@@ -66,8 +66,6 @@ MAIN_CHARACTERS = "hero", "pal", "friend"
 TOPICS = "东西", "大件", "车船", "吃的", "喝的", "植物", "动物", "人物", "地方"
 KINDS = {  # of words, in later.toml; the rest are 其他
     "名物": (*TOPICS, "天上", "材料", "身体"), "动作": ("动作", "做", "活动", "变化", "成语做")}
-CHILDREN = "画画"               # the setting, of later.toml, behind a summary whose hero is of no class below
-SETTINGS = {"动物": "做梦", "animal": "做梦", "人物": "演戏"}
 PERSONS = "动物", "人物"         # those of them who act, and can have a name
 SPLICED_SUMMARY = 0.4           # share of asked summaries whose clauses are spliced of several
 SHORT_SUMMARY = 0.4             # share of the asked summaries that end early: people write short ones, too
@@ -501,10 +499,17 @@ def open_summary(world, rng, words, held_out):
     return parts, features, values
 
 
+def setting_of(world, hero):
+    """The setting of later.toml for heroes of this class."""
+    settings = world["later"].values()
+    own = (setting for setting in settings if hero in setting.get("主角", ()))
+    return next(own, None) or next(setting for setting in settings if "主角" not in setting)
+
+
 def afterwards(world, rng, words, values, talk, spoken):
-    """What the hero then makes of it all (draws it, plays it, dreams of it): the setting of later.toml for the hero's
-    class, with a sentence for each word, which begins with it. spoken: the first sentence is to be speech."""
-    setting = world["later"][SETTINGS.get(values["hero.class"], CHILDREN)]
+    """What the hero then makes of it all (draws it, plays it, dreams of it), with a sentence for each word, which
+    begins with it. spoken: the first sentence is to be speech."""
+    setting = setting_of(world, values["hero.class"])
     first = [text for text in setting["开头"] if ("“" in text or not spoken) and ("“" not in text or talk)]
     parts = [rng.choice(first)]
     for i, word in enumerate(words):
@@ -616,9 +621,6 @@ def stories(n, seed, folder=LANGUAGE, held_out=False):
     for name in CLASSES:
         if not world["lexicon"].get(name, {}).get("open"):
             raise ValueError(f"{Path(folder, 'words.toml')}: no open class {name!r}")
-    for name in (CHILDREN, *SETTINGS.values()):
-        if name not in world["later"]:
-            raise ValueError(f"{Path(folder, 'later.toml')}: no setting {name!r}")
     return _stories(n, seed, world, held_out)
 
 

@@ -78,7 +78,7 @@ def _load(folder):
                 where = f"{folder / 'sentences.toml'}: [{name}] {i}"
                 raise ValueError(f"{where}: {phrasing['text']!r} does not stand alone: it has speech or the hero in it")
     return {"lexicon": lexicon, "plots": list(plots.values()), "scenes": scenes,
-            "later": load_settings(folder / "later.toml"),
+            "later": load_settings(folder / "later.toml", lexicon),
             "sentences": [phrasing for group in sentences.values() for phrasing in group]}
 
 
@@ -261,12 +261,19 @@ def load_phrasings(path, lexicon):
     return groups
 
 
-def load_settings(path):
-    """later.toml: {setting: {"开头": [sentence, …], "结尾", "名物", "动作", "其他"}}."""
-    settings, seen = read_toml(path), set()
+def load_settings(path, lexicon):
+    """later.toml: {setting: {"主角": [class of heroes, …], "开头": [sentence, …], "结尾", "名物", "动作", "其他"}}. One
+    setting has no 主角: that of all other heroes."""
+    settings, seen, heroes = read_toml(path), set(), set()
     for name, table in settings.items():
-        check_fields(table, f"{path}: [{name}]", dict.fromkeys(("开头", "结尾", "名物", "动作", "其他"), list), {})
-        for heading, texts in table.items():
+        headings = "开头", "结尾", "名物", "动作", "其他"
+        check_fields(table, f"{path}: [{name}]", dict.fromkeys(headings, list), {"主角": list})
+        for kind in table.get("主角", ()):
+            if not isinstance(kind, str) or "entries" not in lexicon.get(kind, {}) or kind in heroes:
+                raise ValueError(f"{path}: [{name}] 主角: {kind!r} is no class of words, or there twice")
+            heroes.add(kind)
+        for heading in headings:
+            texts = table[heading]
             slot = "{hero}" if heading in ("开头", "结尾") else "{词}"
             for i, text in enumerate(texts, 1):
                 where = f"{path}: [{name}] {heading} {i}"
@@ -283,6 +290,8 @@ def load_settings(path):
                 raise ValueError(f"{path}: [{name}] {heading}: needs {2 * MOST} sentences, two for each word")
         if len({"“" in text for text in table["开头"]}) < 2:
             raise ValueError(f"{path}: [{name}] 开头: needs sentences with speech and without")
+    if sum("主角" not in table for table in settings.values()) != 1:
+        raise ValueError(f"{path}: one setting, and no more, must be without 主角, for all other heroes")
     return settings
 
 
