@@ -503,7 +503,7 @@ def setting_of(world, hero):
     """The setting of later.toml for heroes of this class."""
     settings = world["later"].values()
     own = (setting for setting in settings if hero in setting.get("主角", ()))
-    return next(own, None) or next(setting for setting in settings if "主角" not in setting)
+    return next(own, None) or next(setting for setting in settings if not setting.get("主角"))
 
 
 def afterwards(world, rng, words, values, talk, spoken):

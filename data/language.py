@@ -265,8 +265,8 @@ def load_settings(path, lexicon):
     """later.toml: {setting: {"主角": [class of heroes, …], "开头": [sentence, …], "结尾", "名物", "动作", "其他"}}. One
     setting has no 主角: that of all other heroes."""
     settings, seen, heroes = read_toml(path), set(), set()
+    headings = "开头", "结尾", "名物", "动作", "其他"
     for name, table in settings.items():
-        headings = "开头", "结尾", "名物", "动作", "其他"
         check_fields(table, f"{path}: [{name}]", dict.fromkeys(headings, list), {"主角": list})
         for kind in table.get("主角", ()):
             if not isinstance(kind, str) or "entries" not in lexicon.get(kind, {}) or kind in heroes:
@@ -290,7 +290,7 @@ def load_settings(path, lexicon):
                 raise ValueError(f"{path}: [{name}] {heading}: needs {2 * MOST} sentences, two for each word")
         if len({"“" in text for text in table["开头"]}) < 2:
             raise ValueError(f"{path}: [{name}] 开头: needs sentences with speech and without")
-    if sum("主角" not in table for table in settings.values()) != 1:
+    if sum(not table.get("主角") for table in settings.values()) != 1:
         raise ValueError(f"{path}: one setting, and no more, must be without 主角, for all other heroes")
     return settings
 

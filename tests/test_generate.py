@@ -235,6 +235,8 @@ def test_each_setting_is_of_many_heroes(world):
     composed = [generate.compose(world, random.Random(f"hero-{i}"), ("摘要",)) for i in range(300)]
     share = Counter(generate.setting_of(world, source["values"]["hero.class"])["开头"][0] for _, source in composed)
     assert len(share) == len(world["later"]) and min(share.values()) > 30, share
+    of = {hero: generate.setting_of(world, hero) for hero in ("animal", "动物", "人物", "boy")}
+    assert of == {hero: world["later"][name] for hero, name in zip(of, ("做梦", "做梦", "演戏", "画画"))}
 
 
 def test_spliced_summaries_are_told_as_they_are_and_name_their_hero(world, monkeypatch):

@@ -120,6 +120,7 @@ SCENE, WORD = '["东西"]\nsay = [\n', '["东西"]\nopen = true'
     ("later.toml", '["画画"]', '["画画"]\n"主角" = ["animal"]', "[做梦] 主角: 'animal' is no class"),
     ("later.toml", '["画画"]', '["画画"]\n"主角" = ["动吻"]', "[画画] 主角: '动吻' is no class"),
     ("later.toml", '"主角" = ["人物"]\n', "", "later.toml: one setting, and no more, must be without 主角"),
+    ("later.toml", '["人物"]', "[]", "later.toml: one setting, and no more, must be without 主角"),
     ("later.toml", '["画画"]', '["甲"]\n"开头" = ["{hero}来了。"]\n["画画"]', "[甲]: field '结尾' is missing"),
     ("sentences.toml", "say = [\n", 'say = [\n"“下雨啦！”{人物}说。",\n', "does not stand alone"),
     ("sentences.toml", "say = [\n", 'say = [\n"{hero}说要下雨。",\n', "does not stand alone"),
