@@ -62,17 +62,24 @@ def measure(models, rows):
     return by_name
 
 
+def summary(pairs):
+    """What `measure` gives -> {name, as text: {"n", "together", "alone", and of the difference "rate", "lo", "hi"}}."""
+    names = [name for name in KEYS if name in pairs] + sorted(name for name in pairs if name not in KEYS)
+    found = {}
+    for name in names:
+        together, alone = map(float, np.mean(pairs[name], axis=0))
+        found[name if name in KEYS else f"all of {name}"] = {
+            "together": together, "alone": alone} | interval([[a - b] for a, b in pairs[name]], SEED)
+    return found
+
+
 def lines(pairs):
     """The table, as lines."""
     yield f"{'':<10}{'n':>5}{'together':>10}{'alone':>8}{'difference, points':>26}"
-    for name in [*KEYS, *sorted(name for name in pairs if name not in KEYS)]:
-        if name not in pairs:
-            continue
-        together, alone = np.mean(pairs[name], axis=0)
-        change = interval([[a - b] for a, b in pairs[name]], SEED)
-        label = f"all of {name}".ljust(10) if name not in KEYS else name + " " * (10 - 2 * len(name))
-        bounds = f"{change['rate'] * 100:+.1f} [{change['lo'] * 100:+.1f}, {change['hi'] * 100:+.1f}]"
-        yield f"{label}{len(pairs[name]):5}{together:10.1%}{alone:8.1%}{bounds:>26}"
+    for name, of in summary(pairs).items():
+        label = name + " " * (10 - len(name) - sum(c > "z" for c in name))  # Chinese characters are two columns wide
+        bounds = f"{of['rate'] * 100:+.1f} [{of['lo'] * 100:+.1f}, {of['hi'] * 100:+.1f}]"
+        yield f"{label}{of['n']:5}{of['together']:10.1%}{of['alone']:8.1%}{bounds:>26}"
 
 
 def main(argv=None):

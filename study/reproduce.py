@@ -1,7 +1,9 @@
 """The study's experiments, made again: python study/reproduce.py
 
 Makes the runs that are not there yet (after Ctrl-C the same command goes on), then writes report.md, runs.csv and
-figures to --out. Every finding of the study gets a verdict that follows from paired differences over seeds.
+figures to --out. Every finding of the study gets a verdict that follows from paired differences over seeds. What is
+known of the finished runs is in results.jsonl, so with `cp docs/study/results.jsonl out/reproduce/` first, a run of the
+shipped report is not made again.
 
 An experiment is two functions: `plan_…` yields what it needs, as (name, seed, run, measurement or None), and
 `report_…` makes blocks of the report, and findings, of the results there are. A plan may depend on results that are
@@ -19,7 +21,6 @@ import math
 import os
 import random
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ MAIN_JOB = 381  # its steps: after 150 nothing copies yet
 STUDY = {"run 1": (1e-4, "bf16-true", 1), "run 2": (5e-4, "bf16-true", 1), "run 3": (5e-4, "bf16-true", 2),
          "run 4": (5e-4, "bf16-mixed", 2)}  # peak learning rate, precision, --decay-rate
 LRS, SEEDED_LRS = (5e-5, 1e-4, 5e-4, 2e-3), (1e-4, 5e-4)  # of each precision; those with all seeds
-PRECISIONS = ("bf16-true", "bf16-mixed", "stochastic")
+PRECISIONS = ("bf16-true", "bf16-mixed", "stochastic", "Kahan")
 STUDY_RANKS = (8, 256)  # of LoRA, alpha twice as large
 SIZES = (500, 2000, 13000)  # stories
 REPLAYS, SEEDED_REPLAYS = (0, 0.05, 0.1, 0.25, 0.5), (0, 0.1, 0.5)
@@ -57,6 +58,7 @@ LEAKY_STORIES, LEAKY_FRACTION = 500, 0.05
 SWEEP_DTYPE = "bf16-mixed"
 FULL_LRS, LORA_LRS = (1e-4, 5e-4, 2e-3), (5e-4, 2e-3, 5e-3)
 FACTOR, WIDENED = 2.5, 2  # a best learning rate at the edge of its grid: further ones, so many times at most
+MARGIN = 0.02  # of a rate: what two methods may differ by and still be called alike
 METHODS = {"full fine-tuning": None, "LoRA r=8, q+v": (8, "q_proj,v_proj"),  # rank, targets
            **{f"LoRA r={r}, {targets}": (r, targets) for r in (8, 64, 256) for targets in ("study", "all-linear")}}
 
@@ -100,19 +102,19 @@ def collect(lab, number):
     for name, seed, run, _ in EXPERIMENTS[number].plan(lab):
         if known := lab.result(run):
             met = known.get("eval", {}).get("satisfied", {})
-            results[name, seed] = known | known.get("eval", {}) | {"run": run, "middle": middle(known)} | {
+            results[name, seed] = known | known.get("eval", {}) | {"run": run} | rates_of(known) | {
                 f"all_of_{k}": met.get(str(k), {}).get("rate") for k in (1, 2, 3, 4)} | {
                 "all_of_more": rate_of_all([met[k] for k in "234" if k in met])}
     return results
 
 
-def middle(known):
-    """Mean training loss over the middle tenth of the steps, where schedules differ; seeds share the batches."""
-    losses = [row["loss"] for row in known.get("log", ()) if "lr" in row]
-    if not losses or known["loss"] is None:
-        return None
-    half, width = len(losses) // 2, max(1, len(losses) // 20)
-    return statistics.fmean(losses[half - width:half + width])
+def rates_of(known):
+    """What is met of everything, of words and of sentences."""
+    judged = known.get("eval", {})
+    kinds = judged.get("by_kind", {})
+    parts = {"everything": judged.get("everything", {}), "each_word": kinds.get("每个词", {}),
+             "sentence": kinds.get("随机句子", {}), "clauses": kinds.get("摘要的分句", {})}
+    return {name: part.get("rate") for name, part in parts.items()}
 
 
 def rate_of_all(parts):
@@ -123,10 +125,13 @@ def rate_of_all(parts):
 
 @dataclass
 class Finding:
-    """What the study found, and by how much, seed by seed, we found it too: differences above 0 agree with it."""
+    """What the study found, and by how much, seed by seed, we found it too: differences above 0 agree with it. A share
+    is shown in points. within: the claim is instead that the two are alike, closer than this."""
     claim: str
     measured: str
     differences: list
+    share: bool = False
+    within: float | None = None
 
     def interval(self):
         """-> (mean, lo, hi), the 95% t interval of the mean; lo and hi None below three seeds."""
@@ -143,29 +148,44 @@ class Finding:
         _, lo, hi = self.interval()
         if lo is None:
             return "undecided"
+        if self.within is not None:
+            lo, hi = self.within - max(abs(lo), abs(hi)), self.within - (0 if lo < 0 < hi else min(abs(lo), abs(hi)))
         return "holds" if lo > 0 else "does not hold" if hi < 0 else "undecided"
 
     def row(self):
+        def shown(value):
+            return f"{value * 100:+.1f}" if self.share else f"{value:+.4f}"
         if not self.differences:
             return [self.claim, self.measured, "–", 0, self.verdict()]
         mean, lo, hi = self.interval()
-        bounds = f" [{lo:+.4f}, {hi:+.4f}]" if lo is not None else ""
-        return [self.claim, self.measured, f"{mean:+.4f}{bounds}", len(self.differences), self.verdict()]
+        bounds = f" [{shown(lo)}, {shown(hi)}]" if lo is not None else ""
+        return [self.claim, self.measured, shown(mean) + " points" * self.share + bounds, len(self.differences),
+                self.verdict()]
+
+
+def seeds_needed(differences, margin=MARGIN):
+    """How many seeds make the 95% t interval of differences that spread like these as narrow as +-margin; None where
+    nothing is known of their spread."""
+    if len(differences) < 3:
+        return None
+    spread = statistics.stdev(differences)
+    return next(n for n in range(2, 10_000) if scipy.stats.t.ppf(0.975, n - 1) * spread / n ** 0.5 <= margin)
 
 
 # What evaluate.py measures, as columns of tables.
 MEASURES = [
-    ("validation loss", "val_loss", "{:.4f}"), ("all of 1 met", "all_of_1", "{:.1%}"),
-    ("all of 2, 3, 4", "all_of_more", "{:.1%}"), ("loss on plain stories", "plain_nll", "{:.4f}"),
-    ("loss of its stories under the base", "gen_nll", "{:.4f}"), ("4-grams repeated", "rep4", "{:.1%}"),
-    ("longest shared with training (characters)", "lcs", "{:.1f}"),
+    ("validation loss", "val_loss", "{:.4f}"), ("everything met", "everything", "{:.1%}"),
+    ("each word", "each_word", "{:.1%}"), ("sentence", "sentence", "{:.1%}"),
+    ("clauses of the summary", "clauses", "{:.1%}"), ("loss on plain stories", "plain_nll", "{:.4f}"),
+    ("4-grams repeated", "rep4", "{:.1%}"), ("longest shared with training (characters)", "lcs", "{:.1f}"),
 ]
 
 
-def measures_table(results, first):
-    """A row for each name, a column for each of MEASURES."""
-    rows = [[name, *(results.cell(name, measure, form) for _, measure, form in MEASURES),
-             results.count(name, "val_loss")] for name in dict.fromkeys(name for name, _ in results)]
+def measures_table(results, first, labels=None):
+    """A row for each name that is judged, a column for each of MEASURES."""
+    rows = [[(labels or {}).get(name, name), *(results.cell(name, measure, form) for _, measure, form in MEASURES),
+             results.count(name, "val_loss")] for name in dict.fromkeys(name for name, _ in results)
+            if results.per_seed(name, "val_loss")]
     return report.table([first, *(title for title, _, _ in MEASURES), "seeds"], rows)
 
 
@@ -175,6 +195,13 @@ def draw_losses(results, path, xlabel):
     report.draw_lines({title: [(x, results.mean(x, measure)) for x in numbers]
                        for title, measure in (("validation loss", "val_loss"), ("loss on plain stories", "plain_nll"))},
                       path, xlabel, "loss (nats per token)")
+
+
+def draw_curves(lab, labelled, name):
+    """The training curves of these runs, unless some were made on another machine, which has their logs."""
+    curves = [(label, lab.log(run)) for label, run in labelled]
+    if all(log for _, log in curves):
+        figures.loss_curves(curves, lab.out / name)
 
 
 # ---- 1: the four runs ----
@@ -189,8 +216,8 @@ def study_run(lab, name, seed, *more, **others):
 
 
 def precision_run(lab, precision, lr, seed):
-    if precision == "stochastic":
-        return lab.sft(lr, "bf16-true", seed, optimizer="StochasticAdamW")
+    if precision in ("stochastic", "Kahan"):
+        return lab.sft(lr, "bf16-true", seed, optimizer=f"{precision.capitalize()}AdamW")
     return lab.sft(lr, precision, seed)
 
 
@@ -200,18 +227,17 @@ def plan_four_runs(lab):
             yield name, seed, study_run(lab, name, seed), "eval"
     for seed in lab.seeds:
         for precision in PRECISIONS:
-            for lr in LRS if seed == SEEDS[0] else SEEDED_LRS:
-                yield (precision, lr), seed, precision_run(lab, precision, lr, seed), None
+            for lr in LRS if seed == SEEDS[0] and len(lab.seeds) > 1 else SEEDED_LRS:
+                judged = precision == "bf16-mixed" and lr in SEEDED_LRS
+                yield (precision, lr), seed, precision_run(lab, precision, lr, seed), "eval" if judged else None
 
 
 def report_four_runs(lab, results):
-    rows, curves = [], []
-    for name, (lr, dtype, rate) in STUDY.items():
-        label = f"{name}: lr {lr:g}, {dtype}, decay {rate}"
-        rows.append([label, results.cell(name), results.cell(name, "middle"), results.count(name)])
-        if (name, SEEDS[0]) in results:
-            curves.append((label, results[name, SEEDS[0]]["log"]))
-    figures.loss_curves(curves, lab.out / "four-runs.png")
+    labels = {name: f"{name}: lr {lr:g}, {dtype}, decay {rate}" for name, (lr, dtype, rate) in STUDY.items()} | {
+        (p, lr): f"lr {lr:g}, {p}, decay 1" for p in PRECISIONS for lr in LRS}
+    rows = [[labels[name], results.cell(name), results.cell(name, "middle"), results.count(name)] for name in STUDY]
+    draw_curves(lab, [(labels[name], results[name, SEEDS[0]]["run"]) for name in STUDY if (name, SEEDS[0]) in results],
+                "four-runs.png")
     grid = [[f"{lr:g}", *(results.cell((p, lr)) for p in PRECISIONS),
              *(results.cell((p, lr), "unchanged", "{:.1%}") for p in PRECISIONS)] for lr in LRS]
     report.draw_lines({f"{p}, decay 1": [(lr, results.mean((p, lr))) for lr in LRS] for p in PRECISIONS},
@@ -220,8 +246,11 @@ def report_four_runs(lab, results):
         report.table(["run", "validation loss", "training loss, middle tenth", "seeds"], rows),
         report.figure(lab.out / "four-runs.png", "The study's four runs, seed 1: training loss (pale: each step), and "
                                                  "the learning rate"),
-        "Precision and learning rate, decay 1. stochastic: bf16-true, its weights rounded stochastically. Unchanged: "
-        "the share of weights that a step leaves exactly as they were, mean over all steps.",
+        "What they obey, and what they forget:",
+        measures_table(results, "run", labels),
+        "Precision and learning rate, decay 1. stochastic: bf16-true, its weights rounded stochastically; Kahan: "
+        "bf16-true, with what rounding cuts off kept in a second bfloat16. Unchanged: the share of weights that a step "
+        "leaves exactly as they were, mean over all steps.",
         report.table(["lr", *(f"loss, {p}" for p in PRECISIONS), *(f"unchanged, {p}" for p in PRECISIONS)], grid),
         report.figure(lab.out / "precision.png", "Validation loss over the learning rate, by precision"),
     ]
@@ -232,6 +261,10 @@ def report_four_runs(lab, results):
         Finding("lr 5e-4 beats 1e-4", "loss of run 1 - run 2 (bf16-true)", results.differences("run 1", "run 2")),
         *(Finding(f"… and with {precision}", "loss at 1e-4 - at 5e-4, decay 1",
                   results.differences((precision, 1e-4), (precision, 5e-4))) for precision in PRECISIONS[1:]),
+        Finding("… and obeys better", "everything met, run 2 - run 1",
+                results.differences("run 2", "run 1", "everything"), share=True),
+        Finding("… and with bf16-mixed", "everything met at 5e-4 - at 1e-4, decay 1",
+                results.differences(("bf16-mixed", 5e-4), ("bf16-mixed", 1e-4), "everything"), share=True),
         Finding("(ours) part of it is that bf16-true rounds updates away", "the first difference - that of bf16-mixed",
                 [a - b for a, b in zip(*wins)] if len(wins[0]) == len(wins[1]) else []),
         Finding("a faster fall converges faster", "training loss in the middle, run 2 - run 3",
@@ -239,6 +272,8 @@ def report_four_runs(lab, results):
         Finding("… and ends lower", "loss of run 2 - run 3", results.differences("run 2", "run 3")),
         Finding("bf16-mixed ends lower than bf16-true", "loss of run 3 - run 4",
                 results.differences("run 3", "run 4")),
+        Finding("… and obeys better", "everything met, run 4 - run 3",
+                results.differences("run 4", "run 3", "everything"), share=True),
         Finding("… without the faster fall, too", "loss at 5e-4, decay 1",
                 results.differences(("bf16-true", 5e-4), ("bf16-mixed", 5e-4))),
         Finding("… each at its best learning rate",
@@ -248,11 +283,13 @@ def report_four_runs(lab, results):
                 results.differences(("bf16-true", 5e-4), ("stochastic", 5e-4))),
         Finding("(ours) bf16-mixed ends lower than stochastic rounding", "loss at 5e-4, decay 1",
                 results.differences(("stochastic", 5e-4), ("bf16-mixed", 5e-4))),
+        Finding("(ours) … and than Kahan summation", "loss at 5e-4, decay 1",
+                results.differences(("Kahan", 5e-4), ("bf16-mixed", 5e-4))),
     ]
     return blocks, findings
 
 
-# ---- 7: what LoRA needs to reach full fine-tuning; before 2, which takes the best of it ----
+# ---- 7: what LoRA needs to reach full fine-tuning ----
 
 def sweep_run(lab, method, lr, seed):
     """alpha is 2r, as in the study."""
@@ -292,47 +329,50 @@ def best_setups(lab):
 
 
 def plan_sweep(lab):
-    """All seeds at the best learning rate only; there the first one's model is evaluated."""
+    """All seeds at the best learning rate only; there the models are judged."""
     for method in METHODS:
         grid, best = learning_rates(lab, method)
         for lr in grid:
             yield (method, lr), SEEDS[0], sweep_run(lab, method, lr, SEEDS[0]), "eval" if lr == best else None
         for seed in lab.seeds[1:] if best else ():
-            yield (method, best), seed, sweep_run(lab, method, best, seed), None
+            yield (method, best), seed, sweep_run(lab, method, best, seed), "eval"
 
 
 def report_sweep(lab, results):
-    kinds = ("每个词", "随机句子", "摘要", "特点 对话")
-    rows, rates, full = [], [], None
+    rows, labels, lines, full = [], {}, {}, None
     for method in METHODS:
-        _, best = learning_rates(lab, method)
-        name = (method, best)
-        if not results.per_seed(name):
+        grid, best = learning_rates(lab, method)
+        tried = {lr: loss for lr in grid
+                 if (loss := results.get(((method, lr), SEEDS[0]), {}).get("loss")) is not None}
+        lines[method] = sorted(tried.items())
+        if not tried:
             continue
+        lr = best or min(tried, key=tried.get)
+        name = (method, lr)
+        labels[name] = f"{method}, lr {lr:g}"
         full = full or name  # the first of the methods
-        recovered = [(run["base_loss"] - run["loss"]) / (run["base_loss"] - results[full, seed]["loss"])
-                     for seed in SEEDS if (run := results.get((name, seed))) and results.get((full, seed))]
-        rows.append([method, f"{best:g}", results.count(name), f"{results.mean(name):.4f}",
-                     f"{results.mean(name) / results.mean(full) - 1:.1%}", spread(recovered, "{:.1%}")])
-        met = results[name, SEEDS[0]].get("by_kind")
-        if met:
-            rates.append([method, *(f"{met[kind]['rate']:.1%}" if kind in met else "" for kind in kinds),
-                          *(results.cell(name, f"all_of_{k}", "{:.1%}") for k in (1, 2, 3, 4))])
-    lines = {method: sorted((lr, run["loss"]) for ((name, lr), seed), run in results.items()
-                            if name == method and seed == SEEDS[0] and run["loss"] is not None) for method in METHODS}
+        recovered = [(run["base_loss"] - run["loss"]) / (run["base_loss"] - best_run["loss"]) for seed in SEEDS
+                     if (run := results.get((name, seed))) and (best_run := results.get((full, seed)))]
+        rows.append([method, f"{lr:g}" + ("" if best else f" of {len(tried)} tried"), results.count(name),
+                     f"{results.mean(name):.4f}", f"{results.mean(name) / results.mean(full) - 1:.1%}",
+                     spread(recovered, "{:.1%}"), results.cell(name, "everything", "{:.1%}"),
+                     results.cell(name, "plain_nll")])
     ends = [lr for points in lines.values() for lr, _ in points[:1] + points[-1:]]
     base = next(iter(results.values()))["base_loss"]
     report.draw_lines(lines | {"base": [(min(ends), base), (max(ends), base)] if ends else []},
                       lab.out / "lora-sweep.png", "peak learning rate", "validation loss (nats per token)", log_x=True)
-    blocks = [
-        f"{SWEEP_DTYPE}, decay 1. Recovered: the share of full fine-tuning's improvement, seed by seed.",
-        report.table(["method", "best lr", "seeds", "validation loss", "above full", "recovered"], rows),
-        report.figure(lab.out / "lora-sweep.png", "Validation loss over the learning rate, seed 1"),
-    ]
-    if rates:
-        blocks += [f"Constraints met, by kind, and all of 1, 2, 3, 4 (seed {SEEDS[0]}):",
-                   report.table(["method", *kinds, "1", "2", "3", "4"], rates)]
-    return blocks, []
+    report.draw_lines({label: [(results.mean(name, "plain_nll"), results.mean(name, "everything"))]
+                       for name, label in labels.items() if results.mean(name, "plain_nll")},
+                      lab.out / "learn-forget.png", "loss on plain stories (nats per token)", "everything met")
+    return [
+        f"{SWEEP_DTYPE}, decay 1. Recovered: the share of full fine-tuning's improvement, seed by seed. The best "
+        "learning rate is chosen by the loss, on seed 1; of a method whose rates are not all run, the best so far.",
+        report.table(["method", "best lr", "seeds", "validation loss", "above full", "recovered", "everything met",
+                      "loss on plain stories"], rows),
+        report.figure(lab.out / "lora-sweep.png", "Validation loss over the learning rate"),
+        report.figure(lab.out / "learn-forget.png", "Learnt (up) against forgotten (right), each at its best learning "
+                                                    "rate, means of the seeds"),
+    ], []
 
 
 # ---- 2: LoRA ----
@@ -340,13 +380,12 @@ def report_sweep(lab, results):
 def plan_lora(lab):
     """At the study's learning rate, precision and decay (run 4's), and the best set-ups of experiment 7."""
     for seed in lab.seeds:
-        evaluated = "eval" if seed == SEEDS[0] else None
-        yield "full", seed, study_run(lab, "run 4", seed), None
+        yield "full", seed, study_run(lab, "run 4", seed), "eval"
         for r in STUDY_RANKS:
             program = ("lora.py", "--r", r, "--alpha", 2 * r, "--targets", "study")
-            yield f"LoRA {r}_{2 * r}", seed, study_run(lab, "run 4", seed, program=program), evaluated
+            yield f"LoRA {r}_{2 * r}", seed, study_run(lab, "run 4", seed, program=program), "eval"
         for name, (method, lr) in best_setups(lab).items():
-            yield name, seed, sweep_run(lab, method, lr, seed), evaluated
+            yield name, seed, sweep_run(lab, method, lr, seed), "eval"
 
 
 def report_lora(lab, results):
@@ -357,55 +396,85 @@ def report_lora(lab, results):
         labels[name] = f"{method}, lr {best_lr:g}, {SWEEP_DTYPE}, decay 1"
     rows = [[label, results.cell(name), results.cell(name, "tokens_per_s", "{:,.0f}"), results.count(name)]
             for name, label in labels.items()]
-    figures.loss_curves([(label, results[name, SEEDS[0]]["log"]) for name, label in labels.items()
-                         if (name, SEEDS[0]) in results], lab.out / "lora.png")
+    draw_curves(lab, [(label, results[name, SEEDS[0]]["run"]) for name, label in labels.items()
+                      if (name, SEEDS[0]) in results], "lora.png")
     blocks = [
         report.table(["run", "validation loss", "tokens/s", "seeds"], rows),
         report.figure(lab.out / "lora.png", "Full fine-tuning and LoRA, seed 1; the study's targets, and the best of "
                                             "experiment 7"),
+        measures_table(results, "run", labels),
     ]
     usual = results.mean("full", "tokens_per_s")
     findings = [
         Finding(f"{small} ends above full fine-tuning", "loss", results.differences(small, "full")),
+        Finding("… and obeys worse", "everything met, full - LoRA", results.differences("full", small, "everything"),
+                share=True),
         Finding(f"{large} is better than {small.split()[1]}", "loss", results.differences(small, large)),
         Finding(f"{large} still ends above full", "loss", results.differences(large, "full")),
+        Finding("… and obeys worse", "everything met, full - LoRA", results.differences("full", large, "everything"),
+                share=True),
         Finding(f"{large} is slower than full", "tokens/s lost, as a share of full's",
                 [lost / usual for lost in results.differences("full", large, "tokens_per_s")]),
     ]
     if "best LoRA" in labels:
+        obeyed = results.differences("best full", "best LoRA", "everything")
         findings += [
             Finding("(ours) the best LoRA still ends above full at the study's lr", "loss",
                     results.differences("best LoRA", "full")),
             Finding("(ours) … and above full at its own best lr", "loss",
                     results.differences("best LoRA", "best full")),
+            Finding(f"(ours) … and obeys as well, within {MARGIN:.0%}", "everything met, best full - best LoRA", obeyed,
+                    share=True, within=MARGIN),
+            Finding("(ours) … and forgets less", "loss on plain stories, best full - best LoRA",
+                    results.differences("best full", "best LoRA", "plain_nll")),
         ]
+        if needed := seeds_needed(obeyed):
+            blocks.append(f"To tell a difference of {MARGIN:.0%} in what is met, {needed} seeds would be needed, as "
+                          "much as these differ.")
     else:
-        blocks.append("The best set-ups: experiment 7 has not been run yet.")
+        blocks.append("The best set-ups: not all of experiment 7 has been run yet.")
     return blocks, findings
 
 
-# ---- 3: constraints, of the runs of 1 and 2 that are evaluated ----
+# ---- 3: constraints, of the runs of 1 and 2 that are judged ----
 
 def plan_constraints(lab):
     yield from (job for plan in (plan_four_runs, plan_lora) for job in plan(lab) if job[-1])
+    for seed in lab.seeds:
+        yield "run 4", seed, study_run(lab, "run 4", seed), "combined"
 
 
 def report_constraints(lab, results):
     names = list(dict.fromkeys(name for (name, _), result in results.items() if "eval" in result))
     rows = [[name, *(results.cell(name, f"all_of_{k}", "{:.0%}") for k in (1, 2, 3, 4)),
-             results.count(name, "all_of_1")] for name in names]
+             results.count(name, "all_of_1")] for name in names if isinstance(name, str)]
     blocks = [
         "All constraints met, by their number; one story an instruction, temperature 0.2, instructions of generated "
         "stories that are held out.",
         report.table(["run", "1", "2", "3", "4", "seeds"], rows),
-        report.stories({name: results[name, SEEDS[0]]["cases"] for name in names
-                        if "eval" in results.get((name, SEEDS[0]), {})}),
     ]
+    pairs = [pair for seed in SEEDS if (pair := results.get(("run 4", seed), {}).get("combined"))]
+    if pairs:
+        kinds = [name for name in pairs[0] if all(name in pair for pair in pairs)]
+        blocks += [
+            "Run 4, each instruction with two constraints or more as it is (together) and with each of its constraints "
+            "alone; for all of k, alone is the product of the single outcomes. Paired by instruction, in points; mean, "
+            "and the least and the most of the seeds.",
+            report.table(["", "n", "together", "alone", "difference", "seeds"], [[
+                name, pairs[0][name]["n"], *(spread([pair[name][side] for pair in pairs], "{:.1%}")
+                                             for side in ("together", "alone")),
+                spread([pair[name]["rate"] * 100 for pair in pairs], "{:+.1f}"), len(pairs)] for name in kinds]),
+        ]
+    blocks.append(report.stories({name: results[name, SEEDS[0]]["cases"] for name in names if isinstance(name, str)
+                                  if "eval" in results.get((name, SEEDS[0]), {})}))
     findings = [
         Finding("single constraints mostly work", "all of 1 met in run 4, less one half",
-                [rate - 0.5 for rate in results.per_seed("run 4", "all_of_1")]),
+                [rate - 0.5 for rate in results.per_seed("run 4", "all_of_1")], share=True),
         Finding("combined ones work poorly", "one half, less all of 2, 3, 4 met in run 4",
-                [0.5 - rate for rate in results.per_seed("run 4", "all_of_more")]),
+                [0.5 - rate for rate in results.per_seed("run 4", "all_of_more")], share=True),
+        *(Finding(f"(ours) {k} at once are more than the sum of their parts", "run 4: all met, as expected from each "
+                  "alone - together", [-pair[f"all of {k}"]["rate"] for pair in pairs if f"all of {k}" in pair],
+                  share=True) for k in (2, 3, 4)),
     ]
     return blocks, findings
 
@@ -445,7 +514,7 @@ def plan_little_data(lab):
     for seed in lab.seeds:
         for size in sizes:
             for order in ORDERS:
-                yield (size, order), seed, data_run(lab, size, order, seed), None
+                yield (size, order), seed, data_run(lab, size, order, seed), "eval"
     if lab.shipped:
         pretrained = Run(("pretrain.py", "--epochs", "0.25", "--dtype", "bf16-mixed", "--eval-every", "1000",
                           "--tokenizer", os.path.relpath(lab.init / "tokenizer.model")))
@@ -460,14 +529,20 @@ def report_little_data(lab, results):
     sizes = sorted({name[0] for name, _ in results if isinstance(name, tuple)})
     rows = [[f"{size:,}", *(results.cell((size, order)) for order in ORDERS), results.count((size, ORDERS[0]))]
             for size in sizes]
+    labels = {(size, order): f"{size:,} stories, {order}" for size in sizes for order in ORDERS}
     blocks = [f"At {lab.steps} steps each, the settings of run 4, on the same validation stories.",
-              report.table(["stories", *(f"loss, {order}" for order in ORDERS), "seeds"], rows)]
+              report.table(["stories", *(f"loss, {order}" for order in ORDERS), "seeds"], rows),
+              measures_table(results, "data", labels)]
     findings = [
         Finding("too little data holds it back", "loss of 500 stories - of 13,000, one order",
                 results.differences((500, ORDERS[0]), (13000, ORDERS[0]))),
+        Finding("… and what it obeys", "everything met, 13,000 stories - 500, one order",
+                results.differences((13000, ORDERS[0]), (500, ORDERS[0]), "everything"), share=True),
         Finding("permuting constraints helps", "loss of 500 stories, one order - all permutations",
                 results.differences((500, ORDERS[0]), (500, ORDERS[1]))),
         Finding("… and of 13,000", "the same", results.differences((13000, ORDERS[0]), (13000, ORDERS[1]))),
+        Finding("… and what it obeys", "everything met, 13,000 stories, all permutations - one order",
+                results.differences((13000, ORDERS[1]), (13000, ORDERS[0]), "everything"), share=True),
     ]
     if lab.shipped:
         rows = [[name, results.cell(name, "base_loss"), results.cell(name), results.cell(name, "all_of_1", "{:.0%}"),
@@ -517,8 +592,8 @@ def report_replay(lab, results):
                 results.differences(0.5, 0)),
         Finding("(ours) the same tokens as instructions are worth more", "validation loss, replay 0.5 - twice the rows",
                 results.differences(0.5, "twice the rows")),
-        Finding("(ours) replay (0.5) lowers obedience", "all of 1 met, without - with",
-                results.differences(0, 0.5, "all_of_1")),
+        Finding("(ours) replay (0.5) lowers obedience", "everything met, without - with",
+                results.differences(0, 0.5, "everything"), share=True),
     ]
     return blocks, findings
 
@@ -588,8 +663,8 @@ class Experiment:
 
 EXPERIMENTS = {  # in the order in which they are run: what the others build on comes first
     1: Experiment("The four runs, and precision", plan_four_runs, report_four_runs),
-    7: Experiment("What LoRA needs to reach full fine-tuning", plan_sweep, report_sweep),
     2: Experiment("LoRA", plan_lora, report_lora),
+    7: Experiment("What LoRA needs to reach full fine-tuning", plan_sweep, report_sweep),
     3: Experiment("Constraints", plan_constraints, report_constraints),
     0: Experiment("How little data is enough?", plan_little_data, report_little_data),
     4: Experiment("Replay", plan_replay, report_replay),
@@ -618,8 +693,9 @@ def work(lab, numbers, evaluate=True):
 def write_csv(path, everything):
     """runs.csv: a line a run and experiment."""
     columns = ["experiment", "key", "seed", "command", "base_loss", "loss", "seconds", "tokens_per_s", "unchanged",
-               "loss_by_story", "val_loss", "plain_nll", "base_nll", "gen_nll", "rep4", "distinct2", "eos_rate", "lcs",
-               "all_of_1", "all_of_2", "all_of_3", "all_of_4"]
+               "middle", "loss_by_story", "val_loss", "plain_nll", "base_nll", "gen_nll", "rep4", "distinct2",
+               "eos_rate", "lcs", "everything", "each_word", "sentence", "clauses", "all_of_1", "all_of_2", "all_of_3",
+               "all_of_4"]
     with open(path, "w", encoding="utf-8", newline="") as f:
         writer = csv.DictWriter(f, columns, extrasaction="ignore")
         writer.writeheader()
@@ -630,45 +706,37 @@ def write_csv(path, everything):
                                           "command": result["run"].command()})
 
 
-def commit():
-    """The commit of this checkout, and whether files differ from it."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return f"commit {git('rev-parse', '--short', 'HEAD') or 'unknown'}" + (
-        ", changed since" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
 def write_report(lab, numbers, command):
     lab.out.mkdir(parents=True, exist_ok=True)
     everything = {number: collect(lab, number) for number in sorted(numbers)}
     write_csv(lab.out / "runs.csv", everything)
     planned = {run for number in numbers for _, _, run, _ in EXPERIMENTS[number].plan(lab) if isinstance(run, Run)}
-    trained = {r["run"]: r for results in everything.values() for r in results.values() if r["run"] in planned}
-    machines = sorted({f"torch {r['torch']}, {r['device']}" for r in trained.values()})
+    trained = [run for run in planned if lab.loss(run) is not None]
+    lines = [lab.known[run.command()] for run in trained]
+    machines = sorted({f"torch {line['training']['torch']}, {line['training']['device']}" for line in lines})
+    sections, findings = [], []
+    for number, results in everything.items():
+        sections.append(f"## {number}. {EXPERIMENTS[number].title}")
+        if not results and number != 4:
+            sections.append("Not run yet.")
+            continue
+        blocks, found = EXPERIMENTS[number].report(lab, results)
+        sections += blocks
+        findings += found
     blocks = [
         "# The study's experiments, made again",
         f"`{command}`: {len(trained)} of {len(planned)} runs of {lab.steps} steps from {lab.init.name}, "
         f"{lab.data or 'the built-in corpus'}; {'; '.join(machines)}; training took "
-        f"{sum(r['seconds'] for r in trained.values()) / 3600:.1f} hours in all. Losses are in nats per token; in "
-        "brackets the least and the most over the seeds.",
-        f"Base: sha256 {lab.base[:16]}; data: {lab.data or f'generator version {generate.VERSION}'}; code: {commit()}.",
-    ]
-    findings = []
-    for number, results in everything.items():
-        blocks.append(f"## {number}. {EXPERIMENTS[number].title}")
-        if not results and number != 4:
-            blocks.append("Not run yet.")
-            continue
-        more_blocks, more_findings = EXPERIMENTS[number].report(lab, results)
-        blocks += more_blocks
-        findings += more_findings
-    blocks += [
+        f"{sum(line['training']['seconds'] for line in lines) / 3600:.1f} hours in all. Losses are in nats per token; "
+        "in brackets the least and the most over the seeds. All runs: [runs.csv](runs.csv).",
+        f"Base: sha256 {lab.origin['base']}; data: {lab.data or 'the built-in corpus'}, {lab.origin['data']}; code: "
+        f"commit {'; '.join(sorted({line['code'] for line in lines})) or 'none'}.",
         "## Verdicts",
         "Paired differences over seeds; above 0 agrees with the finding. holds: their 95% t interval lies above 0; "
         "does not hold: below 0; undecided otherwise, or with fewer than three seeds. (ours): not of the study.",
         report.table(["finding", "measured", "mean and 95% interval", "n", "verdict"], [f.row() for f in findings]),
     ]
-    write_text(lab.out / "report.md", "\n\n".join(blocks) + "\n")
+    write_text(lab.out / "report.md", "\n\n".join(blocks + sections) + "\n")
 
 
 def numbers(text):

@@ -1,6 +1,6 @@
-"""One training run, made once and found again by a hash of its arguments; and what a finished model is judged by.
+"""One training run, made once and found again by its command; and what a finished model is judged by.
 
-Here are also the two optimizers that the experiments need and training does not.
+Here are also the optimizers that the experiments need and training does not.
 """
 import contextlib
 import functools
@@ -10,11 +10,12 @@ import json
 import math
 import shutil
 import statistics
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import pick_device, write_json, write_jsonl
+from common import pick_device, write_jsonl
 
 import torch
 
@@ -24,14 +25,16 @@ import pretrain
 import train_sft
 from checkpoint import WEIGHTS, find_base, find_last, load_last, load_model, save_model
 from constraints import parse
-from data import builtin
-from data.judged import held_out_rows
+from data import builtin, generate
+from data.judged import add_rivals, held_out_rows
 from dataset import by_length, encode_pairs, mean_loss
 from evaluate import evaluate
+from records import read_records
 from sample import CASES, encode_request
-from study import features, memorisation
+from study import combined, features, memorisation
 from study.average import interpolate
 
+RESULTS = "results.jsonl"
 EMA_HORIZON = 0.1  # of the steps of a run
 JUDGED = builtin.INSTRUCTIONS  # that every model is judged by
 STORY_TOKENS = 400             # of a test case's story
@@ -58,7 +61,7 @@ class Mix:
     share: float | str  # a number, or "ema"
 
     def command(self):
-        return f"mix {self.share}"
+        return f"mix {self.share} of {self.of.command()}"
 
 
 # ---- optimizers ----
@@ -105,7 +108,24 @@ class StochasticAdamW(Watched):
                 v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
                 weight = p.float() * (1 - group["lr"] * group["weight_decay"])
                 size = (v.float() / (1 - beta2 ** t)).sqrt_().add_(group["eps"])
-                p.copy_(stochastic_round(weight.addcdiv_(m.float(), size, value=-group["lr"] / (1 - beta1 ** t))))
+                new = weight.addcdiv_(m.float(), size, value=-group["lr"] / (1 - beta1 ** t))
+                self.store(p, new, state)
+
+    def store(self, p, new, state):
+        """new, float32 -> the bfloat16 weights p."""
+        p.copy_(stochastic_round(new))
+
+
+class KahanAdamW(StochasticAdamW):
+    """AdamW whose weights are bfloat16, each with a second bfloat16 that keeps what rounding has cut off and adds it to
+    the next step (Kahan 1965; Zamirai et al., arXiv 2010.06192). Memory: two bytes a weight more than bf16-true."""
+
+    def store(self, p, new, state):
+        if "cut_off" not in state:
+            state["cut_off"] = torch.zeros_like(p)
+        new += state["cut_off"]
+        p.copy_(new)
+        state["cut_off"].copy_(new - p)
 
 
 def stochastic_round(x):
@@ -114,14 +134,33 @@ def stochastic_round(x):
     return ((bits + torch.randint_like(bits, 1 << 16)) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
-OPTIMIZERS = {"AdamW": Watched, "StochasticAdamW": StochasticAdamW}
+OPTIMIZERS = {"AdamW": Watched, "StochasticAdamW": StochasticAdamW, "KahanAdamW": KahanAdamW}
 PROGRAMS = {"train_sft.py": train_sft.main, "lora.py": lora.main, "pretrain.py": pretrain.main}
 
 
 # ---- the laboratory ----
 
-def digest(*parts):
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def origin_of(data):
+    """What tells this data from other data. Raises OSError."""
+    if not data:
+        return f"generator version {generate.VERSION}"
+    path = Path(data)
+    return digest(b"".join(p.read_bytes() for p in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])))
+
+
+def commit():
+    """The commit of this checkout, and whether files differ from it."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (
+        ", changed since" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def steps_made(out):
@@ -138,11 +177,13 @@ def train_in(out, program, argv, **more):
 
 
 class Lab:
-    """Where runs are made and kept.
+    """Where runs are made and kept: models below out/runs, and in out/results.jsonl a line for each run that is done,
+    {"command", "base", "data", "code", "training", and what was measured}. That file alone is enough to go on from on
+    another machine.
 
     init: model directory, None for the base that ships. data: as train_sft.py's --data, None for the built-in corpus.
     seeds: a seed is an order of the data, the same for all runs that are compared. settings: flags of every
-    fine-tuning. Raises ValueError without a base."""
+    fine-tuning. Raises ValueError without a base, and for results from another base or other data."""
 
     def __init__(self, init, data, out, steps, seeds=(), settings=()):
         self.init = Path(init) if init else find_base()
@@ -151,7 +192,16 @@ class Lab:
         self.data, self.out, self.steps, self.seeds = data, Path(out), steps, seeds
         self.settings = [*(["--init", init] if init else []), *settings]
         self.shipped = not init and not data
-        self.base = hashlib.sha256((self.init / WEIGHTS).read_bytes()).hexdigest()  # runs from another base are others
+        self.origin = {"base": digest((self.init / WEIGHTS).read_bytes()), "data": origin_of(data)}
+        self.makers = {}  # path of a data file -> the function that makes its rows
+        self.known = {}   # command -> its line of results.jsonl
+        self.results = self.out / RESULTS
+        for number, row in read_records(self.results) if self.results.is_file() else ():
+            for what, own in self.origin.items():
+                if row.get(what) != own:
+                    raise ValueError(f"{self.results}: line {number} is of another {what} ({row.get(what)}, now {own}):"
+                                     " choose another --out")
+            self.known[row["command"]] = row
 
     def sft(self, lr, dtype, seed, *more, program=("train_sft.py",), data=None, optimizer="AdamW"):
         """The Run of one fine-tuning; more: further flags, which may overrule."""
@@ -163,32 +213,32 @@ class Lab:
     def directory(self, run):
         if isinstance(run, Mix):
             return self.directory(run.of) / "mixed" / str(run.share)
-        parts = [list(run.argv), self.base] + ([] if run.optimizer == "AdamW" else [run.optimizer])
-        return self.out / "runs" / digest(*parts)
+        return self.out / "runs" / digest(run.command().encode())
 
     def read(self, run, name):
-        """The content of a JSON file of the run, None if it is not there yet."""
-        path = self.directory(run) / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        """"training", or one of MEASUREMENTS, of the run; None if it is not there yet."""
+        return self.known.get(run.command(), {}).get(name)
+
+    def keep(self, run, name, value):
+        row = self.known.setdefault(run.command(), {"command": run.command(), **self.origin, "code": commit()})
+        row[name] = value
+        write_jsonl(self.results, self.known.values())
 
     def result(self, run):
-        """What is known of the run: {"loss", "base_loss", "seconds", … of its training, "log": the lines of log.jsonl,
-        "eval" and "loss_by_story" if it was measured}; None before it is trained. loss is None where that failed."""
-        result = self.read(run, "done") if isinstance(run, Run) else {}
-        if result is None:
-            return None
-        if result:
-            result["log"] = self.log(run)
-        return result | {name: value for name in MEASUREMENTS if (value := self.read(run, name)) is not None} or None
+        """What is known of the run: {"loss", "base_loss", "seconds", … of its training, and by name what was measured};
+        None before it is trained. loss is None where that failed."""
+        row = self.known.get(run.command())
+        return row and row.get("training", {}) | {name: row[name] for name in MEASUREMENTS if name in row}
 
     def loss(self, run):
         """The last validation loss of a Run: infinite where training failed, None before it."""
-        training = self.read(run, "done")
+        training = self.read(run, "training")
         return training and (math.inf if training["loss"] is None else training["loss"])
 
     def log(self, run):
-        with open(self.directory(run) / "model" / "log.jsonl", encoding="utf-8") as f:
-            return [json.loads(line) for line in f]
+        """The lines of log.jsonl; none of a run that was made on another machine."""
+        path = self.directory(run) / "model" / "log.jsonl"
+        return [json.loads(line) for line in open(path, encoding="utf-8")] if path.is_file() else []
 
     def is_done(self, run, measurement):
         """measurement: one of MEASUREMENTS, or None for the training alone. A failed training is not measured."""
@@ -198,20 +248,24 @@ class Lab:
         return measurement is None or loss == math.inf or self.read(run, measurement) is not None
 
     def make(self, run, measurement):
-        """Train, and measure, what is not there yet."""
-        self.train(run.of if isinstance(run, Mix) else run)
-        if measurement:
-            self.measure(run, measurement)
+        """Train, and measure, what is not there yet; a model that is on another machine is trained again."""
+        if not self.is_done(run, measurement):
+            self.train(run.of if isinstance(run, Mix) else run)
+            if measurement and not self.is_done(run, measurement):
+                self.keep(run, measurement, MEASUREMENTS[measurement](self, *self.load(run)))
 
     # ---- training ----
 
     def train(self, run):
-        """Make a run, or go on with it, unless it is done. That the loss is not finite is a result, too."""
+        """Make a run, or go on with it, unless its model is there. That the loss is not finite is a result, too."""
         directory = self.directory(run)
-        model = directory / "model"
-        if self.read(run, "done") is not None:
+        model, finished = directory / "model", directory / "finished"
+        if self.loss(run) == math.inf or finished.exists() and self.loss(run) is not None:
             return
         directory.mkdir(parents=True, exist_ok=True)
+        for path in map(Path, run.argv):
+            if path in self.makers and not path.is_file():
+                write_jsonl(path, self.makers[path]())
         more = {}
         if run.argv[0] == "train_sft.py":
             cls = functools.partial(OPTIMIZERS[run.optimizer], horizon=max(1.0, EMA_HORIZON * self.steps))
@@ -229,12 +283,13 @@ class Lab:
         if failed and not isinstance(failed, str):
             raise ValueError(f"{run.command()} ended with exit code {failed}; see {directory / 'output.txt'}")
         self.finish(run, directory, failed, time.perf_counter() - start)
+        finished.touch()
 
     def finish(self, run, directory, failed, seconds):
-        """done.json, and the moving average; what only resuming needs goes."""
+        """The result, and the moving average; what only resuming needs goes."""
         model, log = directory / "model", self.log(run)
         losses = [row["val_loss"] for row in log if "val_loss" in row]
-        result = {"argv": run.argv, "base_loss": losses[0], "loss": None if failed else losses[-1],
+        result = {"base_loss": losses[0], "loss": None if failed else losses[-1], "middle": middle(log),
                   "seconds": round(seconds, 1), "torch": torch.__version__, "device": str(pick_device(None)),
                   "tokens_per_s": statistics.median([row["tokens_per_s"] for row in log if "lr" in row] or [0])}
         if run.argv[0] == "train_sft.py" and not failed:
@@ -248,7 +303,7 @@ class Lab:
                 for p, average in zip(params, averages):
                     p.data = average
                 save_model(directory / "ema", tuned, tokenizer)
-        write_json(directory / "done.json", result)
+        self.keep(run, "training", result)
         shutil.rmtree(model / "last", ignore_errors=True)
 
     def load(self, run):
@@ -265,13 +320,6 @@ class Lab:
         return model.float().to(pick_device(None)).eval(), tokenizer
 
     # ---- measuring ----
-
-    def measure(self, run, name):
-        """Measure a finished run, one of MEASUREMENTS, and keep the result in a file of this name."""
-        if not self.is_done(run, name):
-            value = MEASUREMENTS[name](self, *self.load(run))
-            self.directory(run).mkdir(parents=True, exist_ok=True)
-            write_json(self.directory(run) / f"{name}.json", value)
 
     @functools.cached_property
     def pairs(self):
@@ -297,8 +345,18 @@ class Lab:
         rows, plain, more = self.yardstick
         base = load_model(self.init)[0].to(pick_device(None), torch.float32)
         result = evaluate(model, tokenizer, rows, base, plain, samples=1, with_floor=False, **more)
+        for beside in ("ceiling", "floor", "best_of", "by_source"):
+            del result[beside]  # the same for all models, or not asked for
         return result | {"val_loss": self.validation_loss(model, tokenizer),
                          "cases": [self.story(model, tokenizer, *case) for case in CASES]}
+
+    def together_and_alone(self, model, tokenizer):
+        """study/combined.py's table: {number of constraints, or kind: {"n", "together", "alone": shares that are met,
+        "rate", "lo", "hi": of their difference}}."""
+        rows = self.yardstick[0]
+        add_rivals(rows, combined.SEED)
+        rows = list(filter(combined.is_checked_whole, rows))
+        return combined.summary(combined.measure([(model, tokenizer)], rows)) if rows else {}
 
     def validation_loss(self, model, tokenizer):
         """Nats per token, on stories that no row of training comes from."""
@@ -315,11 +373,17 @@ class Lab:
         return tokenizer.decode(story)
 
     def file(self, name, make):
-        """The path of a data file of instruction pairs; make() -> the pairs, if it is not there yet."""
+        """The path of a data file of instruction pairs, which make() gives when the first run needs them."""
         path = self.out / "data" / f"{name}.jsonl"
-        if not path.is_file():
-            write_jsonl(path, ({"instruction": instruction, "output": output} for instruction, output in make()))
+        self.makers[path] = lambda: ({"instruction": instruction, "output": output} for instruction, output in make())
         return str(path)
 
 
-MEASUREMENTS = {"eval": Lab.evaluation, "loss_by_story": Lab.validation_loss}
+def middle(log):
+    """Mean training loss over the middle tenth of the steps, where schedules differ; seeds share the batches."""
+    losses = [row["loss"] for row in log if "lr" in row]
+    half, width = len(losses) // 2, max(1, len(losses) // 20)
+    return statistics.fmean(losses[half - width:half + width]) if losses else None
+
+
+MEASUREMENTS = {"eval": Lab.evaluation, "combined": Lab.together_and_alone, "loss_by_story": Lab.validation_loss}
