@@ -22,22 +22,25 @@ import os
 import random
 import statistics
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import command_line, fail, positive, write_text  # noqa: E402
+from common import command_line, fail, has_bf16, pick_device, positive, write_text  # noqa: E402
 
 import scipy.stats  # noqa: E402
+import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import figures  # noqa: E402
-from checkpoint import gpt_config  # noqa: E402
+from checkpoint import gpt_config, load_model  # noqa: E402
 from constraints import parse, permutations, render  # noqa: E402
 from data import generate  # noqa: E402
 from data.builtin import SEEDS as BUILTIN_SEEDS  # noqa: E402
+from dataset import collate, encode_pairs, next_token_loss  # noqa: E402
 from model import PRESETS  # noqa: E402
 from records import story_hash  # noqa: E402
 from study import report  # noqa: E402
@@ -50,6 +53,7 @@ STUDY = {"run 1": (1e-4, "bf16-true", 1), "run 2": (5e-4, "bf16-true", 1), "run 
 LRS, SEEDED_LRS = (5e-5, 1e-4, 5e-4, 2e-3), (1e-4, 5e-4)  # of each precision; those with all seeds
 PRECISIONS = ("bf16-true", "bf16-mixed", "stochastic", "Kahan")
 STUDY_RANKS = (8, 256)  # of LoRA, alpha twice as large
+STUDY_BATCH = 32        # of --preset microstories
 SIZES = (500, 2000, 13000)  # stories
 REPLAYS, SEEDED_REPLAYS = (0, 0.05, 0.1, 0.25, 0.5), (0, 0.1, 0.5)
 MIXES = tuple(i / 10 for i in range(11))
@@ -756,12 +760,13 @@ def parse_args(argv=None):
     flag("--init", help="model directory to start from (default: the base that ships)")
     flag("--data", help="as train_sft.py's (default: the built-in corpus); with stories.jsonl in it for experiment 4")
     flag("--preset", choices=PRESETS, help="geometry of --init; microstories: with the study's batches of 32")
+    flag("--yes", action="store_true", help="begin with --preset microstories on a CPU, too")
     flag("--out", type=Path, default=Path("out/reproduce"), help="(default: %(default)s)")
     flag("--steps", type=positive(int), help=f"optimizer steps of each run (default: {MAIN_JOB}; 60 with --quick)")
     flag("--no-evaluate", dest="evaluate", action="store_false", help="losses only")
     args = parser.parse_args(argv)
-    if args.preset and not (args.init and args.data):
-        parser.error("--preset names the geometry of your own base and data: it needs --init and --data")
+    if args.preset and not args.init:
+        parser.error("--preset names the geometry of your own base: it needs --init")
     if sum(map(bool, (args.quick, args.only, args.experiment))) > 1:
         parser.error("--quick, --only and lora-sweep: choose one")
     args.only = args.only or ([7] if args.experiment else [1, 2] if args.quick else list(EXPERIMENTS))
@@ -777,6 +782,19 @@ def check_preset(preset, init):
                              f"{getattr(PRESETS[preset], name)}")
 
 
+def hours_needed(lab, numbers):
+    """A guess from a single step, for the training that is left as far as it is planned yet."""
+    model, tokenizer = load_model(lab.init)
+    rows = encode_pairs(tokenizer, lab.pairs[0][:STUDY_BATCH], model.config.block_size, "timing")
+    start = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16(torch.device("cpu"))):
+        next_token_loss(model.float().train(), collate(rows))[0].backward()
+    seconds = time.perf_counter() - start
+    left = {run for n in numbers for _, _, run, _ in EXPERIMENTS[n].plan(lab)
+            if isinstance(run, Run) and not lab.is_done(run, None)}
+    return len(left) * lab.steps * seconds / 3600
+
+
 def main(argv=None):
     args = parse_args(argv)
     command = " ".join(["python study/reproduce.py", *(sys.argv[1:] if argv is None else argv)])
@@ -784,7 +802,10 @@ def main(argv=None):
         if args.preset:
             check_preset(args.preset, args.init)
         lab = Lab(args.init, args.data, args.out, args.steps, SEEDS[:1] if args.quick else SEEDS,
-                  ["--batch-size", 32] if args.preset == "microstories" else [])
+                  ["--batch-size", STUDY_BATCH] if args.preset == "microstories" else [])
+        if args.preset == "microstories" and pick_device(None).type == "cpu" and not args.yes:
+            raise ValueError(f"--preset microstories without a GPU: about {hours_needed(lab, args.only):,.0f} hours of "
+                             "training here, and more for judging; --yes to begin")
         try:
             work(lab, args.only, args.evaluate and not args.quick)
         finally:  # also of what there is when it is interrupted

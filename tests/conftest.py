@@ -91,7 +91,7 @@ def real_data():
 
 @pytest.fixture
 def refused(capsys):
-    """refused(main, argv, *words): the command ends with exit code 2 and one line that holds the words."""
+    """refused(main, argv, *words): the command ends with exit code 2 and one line that holds the words -> that line."""
     def check(main, argv, *words):
         capsys.readouterr()
         with pytest.raises(SystemExit) as e:
@@ -101,4 +101,5 @@ def refused(capsys):
         assert "\n" not in err and err, err
         for word in words:
             assert str(word) in err, err
+        return err
     return check

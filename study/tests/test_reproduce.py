@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import pretrain
 import sample
 import train_sft
-from checkpoint import WEIGHTS
+from checkpoint import WEIGHTS, gpt_config
 from data import builtin
 from study import reproduce, runs
 
@@ -414,4 +414,15 @@ def test_mistakes(tmp_path, model_dir, refused):
     refused(reproduce.main, ["--only", "1", "--quick"], "--quick")
     refused(reproduce.main, ["lora-sweep", "--only", "1"], "lora-sweep", "--only")
     refused(reproduce.main, ["--preset", "small"], "--init")
-    refused(reproduce.main, ["--preset", "small", "--init", model_dir, "--data", tmp_path], "n_layer")
+    refused(reproduce.main, ["--preset", "small", "--init", model_dir], "n_layer")
+
+
+def test_the_studys_model_without_a_gpu_says_how_long_it_takes(toy, tmp_path, monkeypatch, refused):
+    tiny = gpt_config(Path(toy[1]) / "config.json")
+    monkeypatch.setitem(reproduce.PRESETS, "microstories", tiny)
+    argv = [*toy[:-2], "--preset", "microstories", "--only", "6", "--steps", "1000000"]
+    said = refused(reproduce.main, argv, "without a GPU", "hours", "--yes")
+    assert float(said.split("about ")[1].split(" hours")[0].replace(",", "")) > 1
+    assert not (tmp_path / "out" / "runs").exists()
+    reproduce.main([*argv[:-1], "1", "--yes"])
+    assert all("--batch-size 32" in row["command"] for row in table_of(tmp_path / "out"))
