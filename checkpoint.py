@@ -27,7 +27,6 @@ from model import GPT, GPTConfig
 WEIGHTS = "model.safetensors"
 STATE = "train_state.pt"
 GENERATION = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "top_k": 30, "max_new_tokens": 400}  # as sample.py
-MAX_PADDING = 512  # a model's vocabulary may be padded beyond the tokenizer's to a round number, not more
 
 
 # ---- config.json ----
@@ -181,7 +180,7 @@ def load_model(directory, adapter=None, adapter_scale=1.0):
             else "(config.json is missing)"))
     config = gpt_config(directory / "config.json")
     tokenizer = tokenizers.load(directory)
-    if not fits(tokenizer, config):
+    if tokenizer.vocab_size > config.vocab_size:  # fewer pieces than rows: the vocabulary is padded
         raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, "
                          f"but the model has a vocabulary of {config.vocab_size}")
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
@@ -249,10 +248,6 @@ def read_tensors(directory):
         except SafetensorError as e:
             raise ValueError(f"{directory / name}: not a safetensors file ({e})") from None
     return tensors
-
-
-def fits(tokenizer, config):
-    return tokenizer.vocab_size <= config.vocab_size < tokenizer.vocab_size + MAX_PADDING
 
 
 def find_base():

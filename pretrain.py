@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import tokenizer as tokenizers
-from checkpoint import HF_NAMES, LARGEST, fits, load_last, load_model, save_model
+from checkpoint import HF_NAMES, LARGEST, load_last, load_model, save_model
 from constraints import KEYS
 from data import builtin, generate
 from dataset import PROMPT, TokenBatches
@@ -207,8 +207,8 @@ def main(argv=None):
             tokenizer = (tokenizers.load(ready) if ready
                          else train_tokenizer(texts, args.vocab_size, of_grammar=args.data is None))
             config = new_config(args)
-            # the preset's vocabulary may be its tokenizer's, padded (the study's is); else the tokenizer decides
-            if not (ready and fits(tokenizer, config)):
+            # microstories has the study's 65,024 rows, also where its text does not yield as many pieces
+            if args.vocab_size != config.vocab_size or tokenizer.vocab_size > config.vocab_size:
                 config = replace(config, vocab_size=tokenizer.vocab_size)
             model = GPT(replace(config, block_size=args.block_size or config.block_size))
         set_block_size(args, model)

@@ -427,7 +427,7 @@ def shard_of(name):
     (config(hidden_size=48), ["model.embed_tokens.weight", "48)"]),
     (config(num_hidden_layers=3), ["model.layers.2", "missing"]),
     (config(num_hidden_layers=1), ["model.layers.1", "no place"]),
-    (config(vocab_size=5000), ["vocabulary of 5000"]),
+    (config(vocab_size=5000), ["model.embed_tokens.weight", "5000"]),
     (config(vocab_size=300), ["vocabulary of 300"]),
     (config(model_type="gpt2"), ["model_type", "gpt2"]),
     (config(attention_bias=True), ["attention_bias"]),
@@ -492,11 +492,10 @@ def test_a_tokenizer_that_does_not_fit(model_dir, tok, tmp_path, refused):
     save_model(tmp_path / "other", random_model(tiny_config(tok.vocab_size)), tok)
     small = pretrain.train_tokenizer(STORIES, 300)
     save_tokenizer(tmp_path / "other", small)
-    model = random_model(tiny_config(1000))
-    save_model(tmp_path / "padded", model, tok)  # up to 511 unused rows are padding
-    assert load_model(tmp_path / "padded")[0].config.vocab_size == 1000
-    save_model(tmp_path / "wide", random_model(tiny_config(1200)), tok)
-    refused(sample.main, ["--ckpt", tmp_path / "wide"], "vocabulary of 1200")
+    save_model(tmp_path / "padded", random_model(tiny_config(1200)), tok)
+    assert load_model(tmp_path / "padded")[0].config.vocab_size == 1200
+    save_model(tmp_path / "narrow", random_model(tiny_config(300)), tok)
+    refused(sample.main, ["--ckpt", tmp_path / "narrow"], "vocabulary of 300")
 
 
 def test_the_rope_theta_in_rope_parameters_counts(model_dir, tmp_path):
