@@ -263,31 +263,35 @@ def report_four_runs(lab, results):
     best = {p: min(SEEDED_LRS, key=lambda lr: results.mean((p, lr)) or math.inf) for p in PRECISIONS}
     findings = [
         Finding("lr 5e-4 beats 1e-4", "loss of run 1 - run 2 (bf16-true)", results.differences("run 1", "run 2")),
-        *(Finding(f"… and with {precision}", "loss at 1e-4 - at 5e-4, decay 1",
-                  results.differences((precision, 1e-4), (precision, 5e-4))) for precision in PRECISIONS[1:]),
-        Finding("… and obeys better", "everything met, run 2 - run 1",
+        Finding("lr 5e-4 obeys better than 1e-4", "everything met, run 2 - run 1",
                 results.differences("run 2", "run 1", "everything"), share=True),
-        Finding("… and with bf16-mixed", "everything met at 5e-4 - at 1e-4, decay 1",
+        *(Finding(f"lr 5e-4 beats 1e-4 with {precision}, too", "loss at 1e-4 - at 5e-4, decay 1",
+                  results.differences((precision, 1e-4), (precision, 5e-4))) for precision in PRECISIONS[1:]),
+        Finding("lr 5e-4 obeys better than 1e-4 with bf16-mixed, too", "everything met at 5e-4 - at 1e-4, decay 1",
                 results.differences(("bf16-mixed", 5e-4), ("bf16-mixed", 1e-4), "everything"), share=True),
         Finding("(ours) part of it is that bf16-true rounds updates away", "the first difference - that of bf16-mixed",
                 [a - b for a, b in zip(*wins)] if len(wins[0]) == len(wins[1]) else []),
         Finding("a faster fall converges faster", "training loss in the middle, run 2 - run 3",
                 results.differences("run 2", "run 3", "middle")),
-        Finding("… and ends lower", "loss of run 2 - run 3", results.differences("run 2", "run 3")),
+        Finding("a faster fall ends lower", "loss of run 2 - run 3", results.differences("run 2", "run 3")),
+        Finding("a faster fall obeys better", "everything met, run 3 - run 2",
+                results.differences("run 3", "run 2", "everything"), share=True),
+        Finding("a faster fall obeys better with bf16-mixed, too", "everything met, run 4 - lr 5e-4, decay 1",
+                results.differences("run 4", ("bf16-mixed", 5e-4), "everything"), share=True),
         Finding("bf16-mixed ends lower than bf16-true", "loss of run 3 - run 4",
                 results.differences("run 3", "run 4")),
-        Finding("… and obeys better", "everything met, run 4 - run 3",
+        Finding("bf16-mixed obeys better than bf16-true", "everything met, run 4 - run 3",
                 results.differences("run 4", "run 3", "everything"), share=True),
-        Finding("… without the faster fall, too", "loss at 5e-4, decay 1",
+        Finding("bf16-mixed ends lower without the faster fall, too", "loss at 5e-4, decay 1",
                 results.differences(("bf16-true", 5e-4), ("bf16-mixed", 5e-4))),
-        Finding("… each at its best learning rate",
+        Finding("bf16-mixed ends lower, each at its best learning rate",
                 f"loss at {best['bf16-true']:g} - at {best['bf16-mixed']:g}, decay 1",
                 results.differences(("bf16-true", best["bf16-true"]), ("bf16-mixed", best["bf16-mixed"]))),
         Finding("(ours) stochastic rounding ends lower than bf16-true", "loss at 5e-4, decay 1",
                 results.differences(("bf16-true", 5e-4), ("stochastic", 5e-4))),
         Finding("(ours) bf16-mixed ends lower than stochastic rounding", "loss at 5e-4, decay 1",
                 results.differences(("stochastic", 5e-4), ("bf16-mixed", 5e-4))),
-        Finding("(ours) … and than Kahan summation", "loss at 5e-4, decay 1",
+        Finding("(ours) bf16-mixed ends lower than Kahan summation", "loss at 5e-4, decay 1",
                 results.differences(("Kahan", 5e-4), ("bf16-mixed", 5e-4))),
     ]
     return blocks, findings
@@ -411,12 +415,12 @@ def report_lora(lab, results):
     usual = results.mean("full", "tokens_per_s")
     findings = [
         Finding(f"{small} ends above full fine-tuning", "loss", results.differences(small, "full")),
-        Finding("… and obeys worse", "everything met, full - LoRA", results.differences("full", small, "everything"),
-                share=True),
+        Finding(f"{small} obeys worse than full", "everything met, full - LoRA",
+                results.differences("full", small, "everything"), share=True),
         Finding(f"{large} is better than {small.split()[1]}", "loss", results.differences(small, large)),
         Finding(f"{large} still ends above full", "loss", results.differences(large, "full")),
-        Finding("… and obeys worse", "everything met, full - LoRA", results.differences("full", large, "everything"),
-                share=True),
+        Finding(f"{large} obeys worse than full", "everything met, full - LoRA",
+                results.differences("full", large, "everything"), share=True),
         Finding(f"{large} is slower than full", "tokens/s lost, as a share of full's",
                 [lost / usual for lost in results.differences("full", large, "tokens_per_s")]),
     ]
@@ -425,11 +429,11 @@ def report_lora(lab, results):
         findings += [
             Finding("(ours) the best LoRA still ends above full at the study's lr", "loss",
                     results.differences("best LoRA", "full")),
-            Finding("(ours) … and above full at its own best lr", "loss",
+            Finding("(ours) the best LoRA ends above full at its own best lr", "loss",
                     results.differences("best LoRA", "best full")),
-            Finding(f"(ours) … and obeys as well, within {MARGIN:.0%}", "everything met, best full - best LoRA", obeyed,
-                    share=True, within=MARGIN),
-            Finding("(ours) … and forgets less", "loss on plain stories, best full - best LoRA",
+            Finding(f"(ours) the best LoRA obeys as well, within {MARGIN:.0%}",
+                    "everything met, best full - best LoRA", obeyed, share=True, within=MARGIN),
+            Finding("(ours) the best LoRA forgets less", "loss on plain stories, best full - best LoRA",
                     results.differences("best full", "best LoRA", "plain_nll")),
         ]
         if needed := seeds_needed(obeyed):
@@ -476,7 +480,7 @@ def report_constraints(lab, results):
                 [rate - 0.5 for rate in results.per_seed("run 4", "all_of_1")], share=True),
         Finding("combined ones work poorly", "one half, less all of 2, 3, 4 met in run 4",
                 [0.5 - rate for rate in results.per_seed("run 4", "all_of_more")], share=True),
-        *(Finding(f"(ours) {k} at once are more than the sum of their parts", "run 4: all met, as expected from each "
+        *(Finding(f"(ours) {k} at once are harder than their parts", "run 4: all met, as expected from each "
                   "alone - together", [-pair[f"all of {k}"]["rate"] for pair in pairs if f"all of {k}" in pair],
                   share=True) for k in (2, 3, 4)),
     ]
@@ -540,12 +544,13 @@ def report_little_data(lab, results):
     findings = [
         Finding("too little data holds it back", "loss of 500 stories - of 13,000, one order",
                 results.differences((500, ORDERS[0]), (13000, ORDERS[0]))),
-        Finding("… and what it obeys", "everything met, 13,000 stories - 500, one order",
+        Finding("too little data: it obeys worse", "everything met, 13,000 stories - 500, one order",
                 results.differences((13000, ORDERS[0]), (500, ORDERS[0]), "everything"), share=True),
         Finding("permuting constraints helps", "loss of 500 stories, one order - all permutations",
                 results.differences((500, ORDERS[0]), (500, ORDERS[1]))),
-        Finding("… and of 13,000", "the same", results.differences((13000, ORDERS[0]), (13000, ORDERS[1]))),
-        Finding("… and what it obeys", "everything met, 13,000 stories, all permutations - one order",
+        Finding("permuting constraints helps with 13,000 stories", "loss of one order - all permutations",
+                results.differences((13000, ORDERS[0]), (13000, ORDERS[1]))),
+        Finding("permuting constraints: it obeys better", "everything met, 13,000 stories, all orders - one order",
                 results.differences((13000, ORDERS[1]), (13000, ORDERS[0]), "everything"), share=True),
     ]
     if lab.shipped:
@@ -624,7 +629,7 @@ def report_averages(lab, results):
     findings = [
         Finding("(ours) a moving average of the weights ends lower", "validation loss, last weights - average",
                 results.differences("tuned", "ema", "val_loss")),
-        Finding("(ours) … and forgets less", "loss on plain stories, last weights - average",
+        Finding("(ours) a moving average forgets less", "loss on plain stories, last weights - average",
                 results.differences("tuned", "ema", "plain_nll")),
     ]
     return blocks, findings
@@ -712,7 +717,7 @@ def write_csv(path, everything):
 
 def write_report(lab, numbers, command):
     lab.out.mkdir(parents=True, exist_ok=True)
-    everything = {number: collect(lab, number) for number in sorted(numbers)}
+    everything = {number: collect(lab, number) for number in EXPERIMENTS if number in numbers}
     write_csv(lab.out / "runs.csv", everything)
     planned = {run for number in numbers for _, _, run, _ in EXPERIMENTS[number].plan(lab) if isinstance(run, Run)}
     trained = [run for run in planned if lab.loss(run) is not None]
