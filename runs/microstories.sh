@@ -6,7 +6,8 @@
 #     PYTHON=.venv/bin/python bash runs/microstories.sh
 #
 # Afterwards the base is in out/microstories/base, the fine-tuned model in out/microstories/sft. Tokens/s of each step
-# are in their log.jsonl; tokens/s and MFU of this model beside plain PyTorch: python bench/gpu.py.
+# are in their log.jsonl; tokens/s and MFU of this model beside plain PyTorch: python bench/gpu.py. Runs that are there
+# already are not replaced: delete them, or continue them with --resume. The texts, once written, are used again.
 # BOOKS, PRETRAIN, SFT and EVALUATE: how many texts, and further flags, for another size.
 set -euo pipefail
 cd "$(dirname "$0")/.."  # it may be called from anywhere; all paths below are the project's
@@ -16,16 +17,21 @@ PRETRAIN=${PRETRAIN:---compile}
 SFT=${SFT:---compile}
 OUT=${OUT:-out/microstories}
 CORES=$(nproc)
-mkdir -p "$OUT/books"
 
 # Writing the texts takes longest: a part for each core, of seeds that nothing is judged by (data/builtin.py).
-parts=()
-for i in $(seq "$CORES"); do
-    "$PYTHON" data/books.py --n $((BOOKS / CORES)) --seed $((1000 + i)) --out "$OUT/books/$i.jsonl" &
-    parts+=($!)
-done
-for part in "${parts[@]}"; do wait "$part"; done
-cat "$OUT"/books/*.jsonl > "$OUT/books.jsonl"
+if [ ! -f "$OUT/books.jsonl" ]; then
+    rm -rf "$OUT/books"
+    mkdir -p "$OUT/books"
+    trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+    parts=()
+    for i in $(seq "$CORES"); do
+        "$PYTHON" data/books.py --n $(((BOOKS + CORES - 1) / CORES)) --seed $((1000 + i)) --out "$OUT/books/$i.jsonl" &
+        parts+=($!)
+    done
+    for part in "${parts[@]}"; do wait "$part"; done
+    cat "$OUT"/books/*.jsonl > "$OUT/books.part"
+    mv "$OUT/books.part" "$OUT/books.jsonl"
+fi
 
 # The study's batches of 512 x 512 tokens would leave too few steps here.
 "$PYTHON" pretrain.py --preset microstories --data "$OUT/books.jsonl" --grad-accum 1 --warmup 100 --epochs 4 \

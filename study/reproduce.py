@@ -2,8 +2,8 @@
 
 Makes the runs that are not there yet (after Ctrl-C the same command goes on), then writes report.md, runs.csv and
 figures to --out. Every finding of the study gets a verdict that follows from paired differences over seeds. What is
-known of the finished runs is in results.jsonl, so with `cp docs/study/results.jsonl out/reproduce/` first, a run of the
-shipped report is not made again.
+known of the finished runs is in results.jsonl: after `mkdir -p out/reproduce && cp docs/study/results.jsonl
+out/reproduce/` those of the shipped report are not made again.
 
 An experiment is two functions: `plan_…` yields what it needs, as (name, seed, run, measurement or None), and
 `report_…` makes blocks of the report, and findings, of the results there are. A plan may depend on results that are
@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import command_line, fail, has_bf16, pick_device, positive, write_text  # noqa: E402
+from common import command_line, fail, has_bf16, lock, pick_device, positive, write_text  # noqa: E402
 
 import scipy.stats  # noqa: E402
 import torch  # noqa: E402
@@ -186,10 +186,10 @@ MEASURES = [
 
 
 def measures_table(results, first, labels=None):
-    """A row for each name that is judged, a column for each of MEASURES."""
-    rows = [[(labels or {}).get(name, name), *(results.cell(name, measure, form) for _, measure, form in MEASURES),
-             results.count(name, "val_loss")] for name in dict.fromkeys(name for name, _ in results)
-            if results.per_seed(name, "val_loss")]
+    """A row for each name that is judged (of labels, where they are given), a column for each of MEASURES."""
+    labels = labels or {name: name for name, _ in results}
+    rows = [[label, *(results.cell(name, measure, form) for _, measure, form in MEASURES),
+             results.count(name, "val_loss")] for name, label in labels.items() if results.per_seed(name, "val_loss")]
     return report.table([first, *(title for title, _, _ in MEASURES), "seeds"], rows)
 
 
@@ -201,11 +201,13 @@ def draw_losses(results, path, xlabel):
                       path, xlabel, "loss (nats per token)")
 
 
-def draw_curves(lab, labelled, name):
-    """The training curves of these runs, unless some were made on another machine, which has their logs."""
+def draw_curves(lab, labelled, name, caption):
+    """The training curves of these runs -> the block of the report. Where some were made on another machine, which has
+    their logs, the figure is the one that was drawn there."""
     curves = [(label, lab.log(run)) for label, run in labelled]
     if all(log for _, log in curves):
         figures.loss_curves(curves, lab.out / name)
+    return report.figure(lab.out / name, caption)
 
 
 # ---- 1: the four runs ----
@@ -238,19 +240,19 @@ def plan_four_runs(lab):
 
 def report_four_runs(lab, results):
     labels = {name: f"{name}: lr {lr:g}, {dtype}, decay {rate}" for name, (lr, dtype, rate) in STUDY.items()} | {
-        (p, lr): f"lr {lr:g}, {p}, decay 1" for p in PRECISIONS for lr in LRS}
+        ("bf16-mixed", lr): f"lr {lr:g}, bf16-mixed, decay 1" for lr in SEEDED_LRS}
     rows = [[labels[name], results.cell(name), results.cell(name, "middle"), results.count(name)] for name in STUDY]
-    draw_curves(lab, [(labels[name], results[name, SEEDS[0]]["run"]) for name in STUDY if (name, SEEDS[0]) in results],
-                "four-runs.png")
+    curves = draw_curves(
+        lab, [(labels[name], results[name, SEEDS[0]]["run"]) for name in STUDY if (name, SEEDS[0]) in results],
+        "four-runs.png", "The study's four runs, seed 1: training loss (pale: each step), and the learning rate")
     grid = [[f"{lr:g}", *(results.cell((p, lr)) for p in PRECISIONS),
              *(results.cell((p, lr), "unchanged", "{:.1%}") for p in PRECISIONS)] for lr in LRS]
     report.draw_lines({f"{p}, decay 1": [(lr, results.mean((p, lr))) for lr in LRS] for p in PRECISIONS},
                       lab.out / "precision.png", "peak learning rate", "validation loss (nats per token)", log_x=True)
     blocks = [
         report.table(["run", "validation loss", "training loss, middle tenth", "seeds"], rows),
-        report.figure(lab.out / "four-runs.png", "The study's four runs, seed 1: training loss (pale: each step), and "
-                                                 "the learning rate"),
-        "What they obey, and what they forget:",
+        curves,
+        "What they obey, and what they forget (losses in float32):",
         measures_table(results, "run", labels),
         "Precision and learning rate, decay 1. stochastic: bf16-true, its weights rounded stochastically; Kahan: "
         "bf16-true, with what rounding cuts off kept in a second bfloat16. Unchanged: the share of weights that a step "
@@ -258,19 +260,22 @@ def report_four_runs(lab, results):
         report.table(["lr", *(f"loss, {p}" for p in PRECISIONS), *(f"unchanged, {p}" for p in PRECISIONS)], grid),
         report.figure(lab.out / "precision.png", "Validation loss over the learning rate, by precision"),
     ]
-    # how much 5e-4 wins over 1e-4
-    wins = [results.differences((p, 1e-4), (p, 5e-4)) for p in ("bf16-true", "bf16-mixed")]
+    four = [[results.get(((p, lr), seed), {}).get("loss") for p in ("bf16-true", "bf16-mixed") for lr in SEEDED_LRS]
+            for seed in SEEDS]
     best = {p: min(SEEDED_LRS, key=lambda lr: results.mean((p, lr)) or math.inf) for p in PRECISIONS}
     findings = [
         Finding("lr 5e-4 beats 1e-4", "loss of run 1 - run 2 (bf16-true)", results.differences("run 1", "run 2")),
         Finding("lr 5e-4 obeys better than 1e-4", "everything met, run 2 - run 1",
                 results.differences("run 2", "run 1", "everything"), share=True),
-        *(Finding(f"lr 5e-4 beats 1e-4 with {precision}, too", "loss at 1e-4 - at 5e-4, decay 1",
-                  results.differences((precision, 1e-4), (precision, 5e-4))) for precision in PRECISIONS[1:]),
+        *(Finding("(ours) " * (precision != "bf16-mixed") + f"lr 5e-4 beats 1e-4 with {precision}, too",
+                  "loss at 1e-4 - at 5e-4, decay 1", results.differences((precision, 1e-4), (precision, 5e-4)))
+          for precision in PRECISIONS[1:]),
         Finding("lr 5e-4 obeys better than 1e-4 with bf16-mixed, too", "everything met at 5e-4 - at 1e-4, decay 1",
                 results.differences(("bf16-mixed", 5e-4), ("bf16-mixed", 1e-4), "everything"), share=True),
-        Finding("(ours) part of it is that bf16-true rounds updates away", "the first difference - that of bf16-mixed",
-                [a - b for a, b in zip(*wins)] if len(wins[0]) == len(wins[1]) else []),
+        Finding("(ours) part of it is that bf16-true rounds updates away",
+                "gain of 5e-4 over 1e-4 with bf16-true - with bf16-mixed",
+                [(low - high) - (mixed_low - mixed_high) for low, high, mixed_low, mixed_high in four
+                 if None not in (low, high, mixed_low, mixed_high)]),
         Finding("a faster fall converges faster", "training loss in the middle, run 2 - run 3",
                 results.differences("run 2", "run 3", "middle")),
         Finding("a faster fall ends lower", "loss of run 2 - run 3", results.differences("run 2", "run 3")),
@@ -284,7 +289,7 @@ def report_four_runs(lab, results):
                 results.differences("run 4", "run 3", "everything"), share=True),
         Finding("bf16-mixed ends lower without the faster fall, too", "loss at 5e-4, decay 1",
                 results.differences(("bf16-true", 5e-4), ("bf16-mixed", 5e-4))),
-        Finding("bf16-mixed ends lower, each at its best learning rate",
+        Finding("bf16-mixed ends lower, each at the better of the two rates",
                 f"loss at {best['bf16-true']:g} - at {best['bf16-mixed']:g}, decay 1",
                 results.differences(("bf16-true", best["bf16-true"]), ("bf16-mixed", best["bf16-mixed"]))),
         Finding("(ours) stochastic rounding ends lower than bf16-true", "loss at 5e-4, decay 1",
@@ -359,14 +364,14 @@ def report_sweep(lab, results):
         name = (method, lr)
         labels[name] = f"{method}, lr {lr:g}"
         full = full or name  # the first of the methods
-        recovered = [(run["base_loss"] - run["loss"]) / (run["base_loss"] - best_run["loss"]) for seed in SEEDS
-                     if (run := results.get((name, seed))) and (best_run := results.get((full, seed)))]
+        losses = [[results.get((of, seed), {}).get("loss") for of in (name, full)] for seed in SEEDS]
+        base = next(iter(results.values()))["base_loss"]
+        recovered = [(base - loss) / (base - best) for loss, best in losses if None not in (loss, best)]
         rows.append([method, f"{lr:g}" + ("" if best else f" of {len(tried)} tried"), results.count(name),
                      f"{results.mean(name):.4f}", f"{results.mean(name) / results.mean(full) - 1:.1%}",
                      spread(recovered, "{:.1%}"), results.cell(name, "everything", "{:.1%}"),
                      results.cell(name, "plain_nll")])
     ends = [lr for points in lines.values() for lr, _ in points[:1] + points[-1:]]
-    base = next(iter(results.values()))["base_loss"]
     report.draw_lines(lines | {"base": [(min(ends), base), (max(ends), base)] if ends else []},
                       lab.out / "lora-sweep.png", "peak learning rate", "validation loss (nats per token)", log_x=True)
     report.draw_lines({label: [(results.mean(name, "plain_nll"), results.mean(name, "everything"))]
@@ -404,21 +409,22 @@ def report_lora(lab, results):
         labels[name] = f"{method}, lr {best_lr:g}, {SWEEP_DTYPE}, decay 1"
     rows = [[label, results.cell(name), results.cell(name, "tokens_per_s", "{:,.0f}"), results.count(name)]
             for name, label in labels.items()]
-    draw_curves(lab, [(label, results[name, SEEDS[0]]["run"]) for name, label in labels.items()
-                      if (name, SEEDS[0]) in results], "lora.png")
+    curves = draw_curves(
+        lab, [(label, results[name, SEEDS[0]]["run"]) for name, label in labels.items() if (name, SEEDS[0]) in results],
+        "lora.png", "Full fine-tuning and LoRA, seed 1; the study's targets, and the best of experiment 7")
     blocks = [
         report.table(["run", "validation loss", "tokens/s", "seeds"], rows),
-        report.figure(lab.out / "lora.png", "Full fine-tuning and LoRA, seed 1; the study's targets, and the best of "
-                                            "experiment 7"),
+        curves,
         measures_table(results, "run", labels),
     ]
     usual = results.mean("full", "tokens_per_s")
     findings = [
-        Finding(f"{small} ends above full fine-tuning", "loss", results.differences(small, "full")),
+        Finding(f"{small} ends above full fine-tuning", "loss, LoRA - full", results.differences(small, "full")),
         Finding(f"{small} obeys worse than full", "everything met, full - LoRA",
                 results.differences("full", small, "everything"), share=True),
-        Finding(f"{large} is better than {small.split()[1]}", "loss", results.differences(small, large)),
-        Finding(f"{large} still ends above full", "loss", results.differences(large, "full")),
+        Finding(f"{large} is better than {small.split()[1]}", f"loss, {small.split()[1]} - {large.split()[1]}",
+                results.differences(small, large)),
+        Finding(f"{large} still ends above full", "loss, LoRA - full", results.differences(large, "full")),
         Finding(f"{large} obeys worse than full", "everything met, full - LoRA",
                 results.differences("full", large, "everything"), share=True),
         Finding(f"{large} is slower than full", "tokens/s lost, as a share of full's",
@@ -427,18 +433,18 @@ def report_lora(lab, results):
     if "best LoRA" in labels:
         obeyed = results.differences("best full", "best LoRA", "everything")
         findings += [
-            Finding("(ours) the best LoRA still ends above full at the study's lr", "loss",
+            Finding("(ours) the best LoRA still ends above full at the study's settings", "loss, LoRA - full",
                     results.differences("best LoRA", "full")),
-            Finding("(ours) the best LoRA ends above full at its own best lr", "loss",
+            Finding("(ours) the best LoRA ends above full fine-tuning at its best", "loss, LoRA - full",
                     results.differences("best LoRA", "best full")),
-            Finding(f"(ours) the best LoRA obeys as well, within {MARGIN:.0%}",
+            Finding(f"(ours) the best LoRA obeys as well, within {MARGIN * 100:g} points",
                     "everything met, best full - best LoRA", obeyed, share=True, within=MARGIN),
             Finding("(ours) the best LoRA forgets less", "loss on plain stories, best full - best LoRA",
                     results.differences("best full", "best LoRA", "plain_nll")),
         ]
         if needed := seeds_needed(obeyed):
-            blocks.append(f"To tell a difference of {MARGIN:.0%} in what is met, {needed} seeds would be needed, as "
-                          "much as these differ.")
+            blocks.append(f"For an interval of +-{MARGIN * 100:g} points between what the best LoRA and full "
+                          f"fine-tuning meet, {needed} seeds would be needed that differ as these do.")
     else:
         blocks.append("The best set-ups: not all of experiment 7 has been run yet.")
     return blocks, findings
@@ -453,9 +459,12 @@ def plan_constraints(lab):
 
 
 def report_constraints(lab, results):
-    names = list(dict.fromkeys(name for (name, _), result in results.items() if "eval" in result))
+    firsts = {}  # run of the first seed -> its first name
+    for (name, seed), result in results.items():
+        if seed == SEEDS[0] and "eval" in result and isinstance(name, str):
+            firsts.setdefault(result["run"], name)
     rows = [[name, *(results.cell(name, f"all_of_{k}", "{:.0%}") for k in (1, 2, 3, 4)),
-             results.count(name, "all_of_1")] for name in names if isinstance(name, str)]
+             results.count(name, "all_of_1")] for name in firsts.values()]
     blocks = [
         "All constraints met, by their number; one story an instruction, temperature 0.2, instructions of generated "
         "stories that are held out.",
@@ -473,8 +482,8 @@ def report_constraints(lab, results):
                                              for side in ("together", "alone")),
                 spread([pair[name]["rate"] * 100 for pair in pairs], "{:+.1f}"), len(pairs)] for name in kinds]),
         ]
-    blocks.append(report.stories({name: results[name, SEEDS[0]]["cases"] for name in names if isinstance(name, str)
-                                  if "eval" in results.get((name, SEEDS[0]), {})}))
+    if firsts:
+        blocks.append(report.stories({name: results[name, SEEDS[0]]["cases"] for name in firsts.values()}))
     findings = [
         Finding("single constraints mostly work", "all of 1 met in run 4, less one half",
                 [rate - 0.5 for rate in results.per_seed("run 4", "all_of_1")], share=True),
@@ -529,7 +538,7 @@ def plan_little_data(lab):
         yield "pretraining a quarter", SEEDS[0], pretrained, None
         for seed in lab.seeds:
             yield "base of a quarter", seed, study_run(
-                lab, "run 4", seed, "--init", lab.directory(pretrained) / "model"), "eval"
+                lab, "run 4", seed, "--init", lab.model(pretrained)), "eval"
             yield "base", seed, study_run(lab, "run 4", seed), "eval"
 
 
@@ -582,7 +591,8 @@ def plan_replay(lab):
 
 def report_replay(lab, results):
     if not results:
-        return ["Not run: with --data it needs plain stories, stories.jsonl in that directory."], []
+        return ["Not run yet" + (": with --data it needs plain stories, stories.jsonl in that directory." if lab.data
+                                 else ".")], []
     before = results.mean(0, "base_nll")
     draw_losses(results, lab.out / "replay.png", "replay, share of supervised tokens")
     blocks = [
@@ -716,7 +726,6 @@ def write_csv(path, everything):
 
 
 def write_report(lab, numbers, command):
-    lab.out.mkdir(parents=True, exist_ok=True)
     everything = {number: collect(lab, number) for number in EXPERIMENTS if number in numbers}
     write_csv(lab.out / "runs.csv", everything)
     planned = {run for number in numbers for _, _, run, _ in EXPERIMENTS[number].plan(lab) if isinstance(run, Run)}
@@ -737,12 +746,13 @@ def write_report(lab, numbers, command):
         f"`{command}`: {len(trained)} of {len(planned)} runs of {lab.steps} steps from {lab.init.name}, "
         f"{lab.data or 'the built-in corpus'}; {'; '.join(machines)}; training took "
         f"{sum(line['training']['seconds'] for line in lines) / 3600:.1f} hours in all. Losses are in nats per token; "
-        "in brackets the least and the most over the seeds. All runs: [runs.csv](runs.csv).",
+        "in parentheses the least and the most of the seeds. All runs: [runs.csv](runs.csv).",
         f"Base: sha256 {lab.origin['base']}; data: {lab.data or 'the built-in corpus'}, {lab.origin['data']}; code: "
         f"commit {'; '.join(sorted({line['code'] for line in lines})) or 'none'}.",
         "## Verdicts",
-        "Paired differences over seeds; above 0 agrees with the finding. holds: their 95% t interval lies above 0; "
-        "does not hold: below 0; undecided otherwise, or with fewer than three seeds. (ours): not of the study.",
+        "Paired differences over seeds, with their 95% t interval; above 0 agrees with the finding. holds: the "
+        "interval lies above 0 (of two that are alike within so many points: inside these); does not hold: below 0 "
+        "(outside); undecided otherwise, or with fewer than three seeds. (ours): not of the study.",
         report.table(["finding", "measured", "mean and 95% interval", "n", "verdict"], [f.row() for f in findings]),
     ]
     write_text(lab.out / "report.md", "\n\n".join(blocks + sections) + "\n")
@@ -808,6 +818,8 @@ def main(argv=None):
             check_preset(args.preset, args.init)
         lab = Lab(args.init, args.data, args.out, args.steps, SEEDS[:1] if args.quick else SEEDS,
                   ["--batch-size", STUDY_BATCH] if args.preset == "microstories" else [])
+        lab.out.mkdir(parents=True, exist_ok=True)
+        lock(lab.out)
         if args.preset == "microstories" and pick_device(None).type == "cpu" and not args.yes:
             raise ValueError(f"--preset microstories without a GPU: about {hours_needed(lab, args.only):,.0f} hours of "
                              "training here, and more for judging; --yes to begin")

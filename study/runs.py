@@ -29,7 +29,6 @@ from data import builtin, generate
 from data.judged import add_rivals, held_out_rows
 from dataset import by_length, encode_pairs, mean_loss
 from evaluate import evaluate
-from records import read_records
 from sample import CASES, encode_request
 from study import combined, features, memorisation
 from study.average import interpolate
@@ -159,8 +158,28 @@ def commit():
     """The commit of this checkout, and whether files differ from it."""
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + (
-        ", changed since" if git("status", "--porcelain", "--untracked-files=no") else "")
+    try:
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + (
+            ", changed since" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except OSError:  # no git
+        return "unknown"
+
+
+def read_results(path, origin):
+    """results.jsonl -> {command: line}. Raises ValueError for a broken line, and for one of another origin."""
+    known = {}
+    for number, line in enumerate(open(path, encoding="utf-8"), 1):
+        try:
+            row = json.loads(line)
+            command = row["command"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}: line {number} is no result") from None
+        for what, own in origin.items():
+            if row.get(what) != own:
+                raise ValueError(f"{path}: line {number} is of another {what} ({row.get(what)}, now {own}): choose "
+                                 "another --out")
+        known[command] = row
+    return known
 
 
 def steps_made(out):
@@ -179,7 +198,7 @@ def train_in(out, program, argv, **more):
 class Lab:
     """Where runs are made and kept: models below out/runs, and in out/results.jsonl a line for each run that is done,
     {"command", "base", "data", "code", "training", and what was measured}. That file alone is enough to go on from on
-    another machine.
+    another machine, under the same --out, --init and --data. One process at a time.
 
     init: model directory, None for the base that ships. data: as train_sft.py's --data, None for the built-in corpus.
     seeds: a seed is an order of the data, the same for all runs that are compared. settings: flags of every
@@ -193,15 +212,10 @@ class Lab:
         self.settings = [*(["--init", init] if init else []), *settings]
         self.shipped = not init and not data
         self.origin = {"base": digest((self.init / WEIGHTS).read_bytes()), "data": origin_of(data)}
-        self.makers = {}  # path of a data file -> the function that makes its rows
-        self.known = {}   # command -> its line of results.jsonl
+        self.makers = {}  # path of what a command reads -> the function that makes it
+        self.code = commit()
         self.results = self.out / RESULTS
-        for number, row in read_records(self.results) if self.results.is_file() else ():
-            for what, own in self.origin.items():
-                if row.get(what) != own:
-                    raise ValueError(f"{self.results}: line {number} is of another {what} ({row.get(what)}, now {own}):"
-                                     " choose another --out")
-            self.known[row["command"]] = row
+        self.known = read_results(self.results, self.origin) if self.results.is_file() else {}  # by command
 
     def sft(self, lr, dtype, seed, *more, program=("train_sft.py",), data=None, optimizer="AdamW"):
         """The Run of one fine-tuning; more: further flags, which may overrule."""
@@ -211,16 +225,20 @@ class Lab:
         return Run(tuple(str(a) for a in argv), optimizer)
 
     def directory(self, run):
-        if isinstance(run, Mix):
-            return self.directory(run.of) / "mixed" / str(run.share)
-        return self.out / "runs" / digest(run.command().encode())
+        return self.out / "runs" / digest(json.dumps([run.command(), self.origin]).encode())
+
+    def model(self, run):
+        """The path of its model, for the command of another run, before which it is made."""
+        path = self.directory(run) / "model"
+        self.makers[path] = lambda: self.train(run)
+        return path
 
     def read(self, run, name):
         """"training", or one of MEASUREMENTS, of the run; None if it is not there yet."""
         return self.known.get(run.command(), {}).get(name)
 
     def keep(self, run, name, value):
-        row = self.known.setdefault(run.command(), {"command": run.command(), **self.origin, "code": commit()})
+        row = self.known.setdefault(run.command(), {"command": run.command(), **self.origin, "code": self.code})
         row[name] = value
         write_jsonl(self.results, self.known.values())
 
@@ -264,8 +282,8 @@ class Lab:
             return
         directory.mkdir(parents=True, exist_ok=True)
         for path in map(Path, run.argv):
-            if path in self.makers and not path.is_file():
-                write_jsonl(path, self.makers[path]())
+            if path in self.makers:
+                self.makers[path]()
         more = {}
         if run.argv[0] == "train_sft.py":
             cls = functools.partial(OPTIMIZERS[run.optimizer], horizon=max(1.0, EMA_HORIZON * self.steps))
@@ -283,13 +301,14 @@ class Lab:
         if failed and not isinstance(failed, str):
             raise ValueError(f"{run.command()} ended with exit code {failed}; see {directory / 'output.txt'}")
         self.finish(run, directory, failed, time.perf_counter() - start)
-        finished.touch()
 
     def finish(self, run, directory, failed, seconds):
-        """The result, and the moving average; what only resuming needs goes."""
+        """The result, in place of all that is known of an earlier model of this run; and the moving average. What only
+        resuming needs goes. "seconds" are those since the run was last interrupted."""
         model, log = directory / "model", self.log(run)
         losses = [row["val_loss"] for row in log if "val_loss" in row]
-        result = {"base_loss": losses[0], "loss": None if failed else losses[-1], "middle": middle(log),
+        result = {"base_loss": losses[0], "loss": None if failed else losses[-1],
+                  "middle": None if failed else middle(log),
                   "seconds": round(seconds, 1), "torch": torch.__version__, "device": str(pick_device(None)),
                   "tokens_per_s": statistics.median([row["tokens_per_s"] for row in log if "lr" in row] or [0])}
         if run.argv[0] == "train_sft.py" and not failed:
@@ -303,6 +322,8 @@ class Lab:
                 for p, average in zip(params, averages):
                     p.data = average
                 save_model(directory / "ema", tuned, tokenizer)
+        (directory / "finished").touch()
+        self.known = {command: row for command, row in self.known.items() if not command.endswith(run.command())}
         self.keep(run, "training", result)
         shutil.rmtree(model / "last", ignore_errors=True)
 
@@ -345,7 +366,7 @@ class Lab:
         rows, plain, more = self.yardstick
         base = load_model(self.init)[0].to(pick_device(None), torch.float32)
         result = evaluate(model, tokenizer, rows, base, plain, samples=1, with_floor=False, **more)
-        for beside in ("ceiling", "floor", "best_of", "by_source"):
+        for beside in ("ceiling", "floor", "best_of", "by_source", "seconds"):
             del result[beside]  # the same for all models, or not asked for
         return result | {"val_loss": self.validation_loss(model, tokenizer),
                          "cases": [self.story(model, tokenizer, *case) for case in CASES]}
@@ -375,7 +396,8 @@ class Lab:
     def file(self, name, make):
         """The path of a data file of instruction pairs, which make() gives when the first run needs them."""
         path = self.out / "data" / f"{name}.jsonl"
-        self.makers[path] = lambda: ({"instruction": instruction, "output": output} for instruction, output in make())
+        self.makers.setdefault(path, functools.cache(lambda: write_jsonl(path, (  # anew in each process, once
+            {"instruction": instruction, "output": output} for instruction, output in make()))))
         return str(path)
 
 

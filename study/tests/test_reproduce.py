@@ -90,7 +90,7 @@ def test_all_experiments_and_findings_that_hold_and_do_not(toy, tmp_path, monkey
     images = [line.split("](")[1].rstrip(")") for line in report.splitlines() if line.startswith("![")]
     assert len(images) == 7 and all((out / name).stat().st_size > 5000 for name in images)
     assert report.count("汤姆和杰瑞") == 1
-    assert "(ours) the best LoRA ends above full at its own best lr" in found  # 2 takes the best of 7
+    assert "(ours) the best LoRA ends above full fine-tuning at its best" in found  # 2 takes the best of 7
 
     # bf16-true loses small updates, and stochastic rounding does not; without bfloat16 units all three are float32
     unchanged = {key: [float(r["unchanged"]) for r in table if r["experiment"] == "1" and r["key"] == f"{key} 0.0001"]
@@ -196,7 +196,8 @@ def test_a_loss_that_is_not_finite_is_a_result(toy, tmp_path, monkeypatch):
     for job in (run, runs.Mix(run, 0.5), runs.Mix(run, "ema")):
         lab.make(job, "eval")
         assert lab.is_done(job, "eval")
-    assert lab.result(run)["loss"] is None and lab.loss(run) == math.inf
+    again = runs.Lab(toy[1], toy[3], tmp_path / "out", 2)  # from results.jsonl
+    assert again.result(run)["loss"] is None and again.loss(run) == math.inf
 
 
 def test_a_model_that_is_on_another_machine_is_trained_again_where_it_is_to_be_judged(toy, tmp_path):
@@ -209,7 +210,9 @@ def test_a_model_that_is_on_another_machine_is_trained_again_where_it_is_to_be_j
     lab = runs.Lab(toy[1], toy[3], there, 2)
     lab.make(run, None)
     assert not (there / "runs").exists()
+    lab.keep(run, "eval", {})  # of the model of the other machine
     lab.make(run, "loss_by_story")
+    assert "eval" not in lab.known[run.command()]
     assert (there / "runs").exists() and lab.result(run)["loss_by_story"] == pytest.approx(
         lab.result(run)["loss"], rel=1e-3)
 
@@ -377,7 +380,7 @@ def test_the_grid_is_widened_at_its_edges_and_the_shares_follow_from_the_losses(
     ends = [1.0, 1.5, 1.1]
 
     def losses(method, lr, seed):
-        if method == 2 and lr == 5e-3:
+        if method == 2 and (lr == 5e-3 or seed == 3):
             return None  # diverged
         return ends[method] + 0.01 * seed + abs(lr / best[method] - 1) * 0.1
 
@@ -396,10 +399,10 @@ def test_the_grid_is_widened_at_its_edges_and_the_shares_follow_from_the_losses(
     assert list(lrs.values()) == [{1e-4, 5e-4, 2e-3}, {5e-4, 2e-3, 5e-3, 1.25e-2, 3.125e-2}, {5e-4, 2e-3, 5e-3}]
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     lines = [line.strip("| ").split(" | ") for line in report.splitlines() if line.startswith(("| full", "| LoRA"))]
-    shares = [(2 - 1.1 - 0.01 * seed) / (2 - 1 - 0.01 * seed) for seed in (1, 2, 3)]
+    shares = [(2 - 1.1 - 0.01 * seed) / (2 - 1 - 0.01 * seed) for seed in (1, 2)]
     assert lines[0][:6] == ["full fine-tuning", "0.0005", "3", "1.0200", "0.0%", "100.0% (100.0% to 100.0%)"]
     assert lines[1][1] == "0.0125"
-    assert lines[2][:6] == ["LoRA r=64, all-linear", "0.002", "3", "1.1200", f"{1.12 / 1.02 - 1:.1%}",
+    assert lines[2][:6] == ["LoRA r=64, all-linear", "0.002", "2", "1.1150", f"{1.115 / 1.02 - 1:.1%}",
                             f"{statistics.fmean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})"]
 
 
@@ -408,6 +411,8 @@ def test_mistakes(tmp_path, model_dir, refused):
     line = {"command": "python train_sft.py", "data": "generator version 9", "base": "another"}
     (tmp_path / runs.RESULTS).write_text(json.dumps(line), encoding="utf-8")
     refused(reproduce.main, ["--out", tmp_path], "line 1 is of another base", "--out")
+    (tmp_path / runs.RESULTS).write_text("{", encoding="utf-8")
+    refused(reproduce.main, ["--out", tmp_path], "line 1 is no result")
     refused(reproduce.main, ["--steps", "0"], "--steps")
     refused(reproduce.main, ["no-sweep"], "no-sweep")
     refused(reproduce.main, ["--only", "1,9"], "9")
