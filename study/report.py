@@ -24,14 +24,15 @@ def stories(by_run):
     return "\n\n".join(blocks)
 
 
-def draw_lines(series, path, xlabel, ylabel, log_x=False):
-    """series: {label: [(x, y)]}, a line each; points without a finite y are left out."""
+def draw_lines(series, path, xlabel, ylabel, log_x=False, joined=True):
+    """series: {label: [(x, y)]}, a line each, or single points; points without a finite y are left out."""
     fig, ax = subplots(figsize=(8, 4.5))
     for i, (label, points) in enumerate(series.items()):
         points = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
         if points:
             # four dashes and five colours: no two of twenty lines are alike
-            ax.plot(*zip(*points), DASHES[i % 4], marker="os^Dv"[i % 5], color=COLOURS[i % 5], label=label)
+            ax.plot(*zip(*points), linestyle=DASHES[i % 4] if joined else "none", color=COLOURS[i % 5],
+                    marker="os^Dv"[(i if joined else i + i // 5) % 5], label=label)
             ax.legend(fontsize=8)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear")
     ax.grid(alpha=0.3)

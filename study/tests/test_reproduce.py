@@ -396,7 +396,7 @@ def test_the_grid_is_widened_at_its_edges_and_the_shares_follow_from_the_losses(
     reproduce.main(["lora-sweep", "--init", str(model_dir), "--out", str(tmp_path), "--no-evaluate"])
     lrs = {method: {float(row["key"].split()[-1]) for row in table_of(tmp_path) if row["key"].startswith(method)}
            for method in METHODS}
-    assert list(lrs.values()) == [{1e-4, 5e-4, 2e-3}, {5e-4, 2e-3, 5e-3, 1.25e-2, 3.125e-2}, {5e-4, 2e-3, 5e-3}]
+    assert list(lrs.values()) == [{1e-4, 5e-4, 2e-3}, {2e-3, 5e-3, 1.25e-2, 3.125e-2}, {8e-4, 2e-3, 5e-3}]
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     lines = [line.strip("| ").split(" | ") for line in report.splitlines() if line.startswith(("| full", "| LoRA"))]
     shares = [(2 - 1.1 - 0.01 * seed) / (2 - 1 - 0.01 * seed) for seed in (1, 2)]
