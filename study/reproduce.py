@@ -97,8 +97,8 @@ class Results(dict):
 def spread(values, form):
     if not values:
         return "–"
-    ends = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
-    return form.format(statistics.fmean(values)) + ends
+    mean, least, most = (form.format(of(values)) for of in (statistics.fmean, min, max))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def collect(lab, number):
@@ -243,6 +243,7 @@ def report_four_runs(lab, results):
     labels = {name: f"{name}: lr {lr:g}, {dtype}, decay {rate}" for name, (lr, dtype, rate) in STUDY.items()} | {
         ("bf16-mixed", lr): f"lr {lr:g}, bf16-mixed, decay 1" for lr in SEEDED_LRS}
     rows = [[labels[name], results.cell(name), results.cell(name, "middle"), results.count(name)] for name in STUDY]
+    before = next((result["base_nll"] for result in results.values() if "base_nll" in result), None)
     curves = draw_curves(
         lab, [(labels[name], results[name, SEEDS[0]]["run"]) for name in STUDY if (name, SEEDS[0]) in results],
         "four-runs.png", "The study's four runs, seed 1: training loss (pale: each step), and the learning rate")
@@ -253,7 +254,8 @@ def report_four_runs(lab, results):
     blocks = [
         report.table(["run", "validation loss", "training loss, middle tenth", "seeds"], rows),
         curves,
-        "What they obey, and what they forget (losses in float32):",
+        "What they obey, and what they forget (losses in float32" + (
+            f"; plain stories before fine-tuning: {before:.4f}" if before else "") + "):",
         measures_table(results, "run", labels),
         "Precision and learning rate, decay 1. stochastic: bf16-true, its weights rounded stochastically; Kahan: "
         "bf16-true, with what rounding cuts off kept in a second bfloat16. Unchanged: the share of weights that a step "
@@ -506,6 +508,9 @@ def report_constraints(lab, results):
                 [rate - 0.5 for rate in results.per_seed("run 4", "all_of_1")], share=True),
         Finding("combined ones work poorly", "one half, less all of 2, 3, 4 met in run 4",
                 [0.5 - rate for rate in results.per_seed("run 4", "all_of_more")], share=True),
+        Finding("coherence drops after SFT", "run 4: loss on plain stories, after - before",
+                [result["plain_nll"] - result["base_nll"] for (name, _), result in results.items()
+                 if name == "run 4" and "eval" in result]),
         *(Finding(f"(ours) {k} at once are harder than their parts", "run 4: all met, as expected from each "
                   "alone - together", [-pair[f"all of {k}"]["rate"] for pair in pairs if f"all of {k}" in pair],
                   share=True) for k in (2, 3, 4)),
@@ -608,8 +613,7 @@ def plan_replay(lab):
 
 def report_replay(lab, results):
     if not results:
-        return ["Not run yet" + (": with --data it needs plain stories, stories.jsonl in that directory." if lab.data
-                                 else ".")], []
+        return ["Not run: with --data it needs plain stories, stories.jsonl in that directory."], []
     before = results.mean(0, "base_nll")
     draw_losses(results, lab.out / "replay.png", "replay, share of supervised tokens")
     blocks = [
@@ -620,8 +624,6 @@ def report_replay(lab, results):
         report.figure(lab.out / "replay.png", "Replay: what is won on plain stories, what instructions pay"),
     ]
     findings = [
-        Finding("coherence drops after SFT", "loss on plain stories, after - before",
-                [after - before for after in results.per_seed(0, "plain_nll")]),
         Finding("replay (0.5) buys it back", "loss on plain stories, without - with",
                 results.differences(0, 0.5, "plain_nll")),
         Finding("(ours) replay (0.5) costs instructions", "validation loss, with - without",
@@ -745,14 +747,17 @@ def write_csv(path, everything):
 def write_report(lab, numbers, command):
     everything = {number: collect(lab, number) for number in EXPERIMENTS if number in numbers}
     write_csv(lab.out / "runs.csv", everything)
-    planned = {run for number in numbers for _, _, run, _ in EXPERIMENTS[number].plan(lab) if isinstance(run, Run)}
+    plans = {number: {run for _, _, run, _ in EXPERIMENTS[number].plan(lab)} for number in everything}
+    planned = {run for runs in plans.values() for run in runs if isinstance(run, Run)}
     trained = [run for run in planned if lab.loss(run) is not None]
     lines = [lab.known[run.command()] for run in trained]
     machines = sorted({f"torch {line['training']['torch']}, {line['training']['device']}" for line in lines})
-    sections, findings = [], []
+    sections, findings, seen = [], [], set()
     for number, results in everything.items():
         sections.append(f"## {number}. {EXPERIMENTS[number].title}")
-        if not results and number != 4:
+        own = plans[number] - seen  # its own runs, not those that it shares with experiments before it
+        seen |= own
+        if own and not any(map(lab.result, own)):
             sections.append("Not run yet.")
             continue
         blocks, found = EXPERIMENTS[number].report(lab, results)
