@@ -235,13 +235,13 @@ def plan_four_runs(lab):
     for seed in lab.seeds:
         for precision in PRECISIONS:
             for lr in LRS if seed == SEEDS[0] and len(lab.seeds) > 1 else SEEDED_LRS:
-                judged = precision == "bf16-mixed" and lr in SEEDED_LRS
-                yield (precision, lr), seed, precision_run(lab, precision, lr, seed), "eval" if judged else None
+                yield ((precision, lr), seed, precision_run(lab, precision, lr, seed),
+                       "eval" if precision == "bf16-mixed" else None)
 
 
 def report_four_runs(lab, results):
     labels = {name: f"{name}: lr {lr:g}, {dtype}, decay {rate}" for name, (lr, dtype, rate) in STUDY.items()} | {
-        ("bf16-mixed", lr): f"lr {lr:g}, bf16-mixed, decay 1" for lr in SEEDED_LRS}
+        ("bf16-mixed", lr): f"lr {lr:g}, bf16-mixed, decay 1" for lr in LRS}
     rows = [[labels[name], results.cell(name), results.cell(name, "middle"), results.count(name)] for name in STUDY]
     before = next((result["base_nll"] for result in results.values() if "base_nll" in result), None)
     curves = draw_curves(
