@@ -287,8 +287,9 @@ def test_without_validation_the_newest_weights_are_the_model(model_dir, pairs_fi
 
 def test_a_worse_validation_loss_does_not_replace_the_best_model(model_dir, pairs_file, tmp_path):
     out = tmp_path / "run"
-    train_sft.main(list(map(str, settings(model_dir, pairs_file, out, "--lr", "1", "--min-lr", "1", "--warmup",
-                                          "0"))))
+    # not more steps: on some processors the gradient is nan after 15
+    train_sft.main(list(map(str, settings(model_dir, pairs_file, out, "--lr", "1", "--min-lr", "1", "--warmup", "0",
+                                          "--max-steps", "8"))))
     losses = [r["val_loss"] for r in logged(out) if "val_loss" in r]
     assert min(losses) == losses[0] < losses[-1]
     assert (out / "model.safetensors").read_bytes() == (model_dir / "model.safetensors").read_bytes()
