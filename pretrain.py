@@ -207,8 +207,8 @@ def main(argv=None):
             tokenizer = (tokenizers.load(ready) if ready
                          else train_tokenizer(texts, args.vocab_size, of_grammar=args.data is None))
             config = new_config(args)
-            # where the preset's own vocabulary is asked for (microstories: the study's 65,024), what the text or
-            # --tokenizer has not as pieces is padding; else the tokenizer decides
+            # where as many pieces are asked for as the preset has (microstories: the study's 65,024), rows without a
+            # piece are padding; else the tokenizer decides
             if args.vocab_size != config.vocab_size or tokenizer.vocab_size > config.vocab_size:
                 config = replace(config, vocab_size=tokenizer.vocab_size)
             model = GPT(replace(config, block_size=args.block_size or config.block_size))

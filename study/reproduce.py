@@ -154,7 +154,8 @@ class Finding:
         if lo is None:
             return "undecided"
         if self.within is not None:
-            lo, hi = self.within - max(abs(lo), abs(hi)), self.within - (0 if lo < 0 < hi else min(abs(lo), abs(hi)))
+            nearest, farthest = 0 if lo < 0 < hi else min(abs(lo), abs(hi)), max(abs(lo), abs(hi))
+            lo, hi = self.within - farthest, self.within - nearest
         return "holds" if lo > 0 else "does not hold" if hi < 0 else "undecided"
 
     def row(self):

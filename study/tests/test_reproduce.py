@@ -362,7 +362,8 @@ def test_the_sweep_at_toy_size_is_resumed_and_not_run_twice(toy, tmp_path, monke
     assert [bool(row["val_loss"]) for row in rows] == [False, True, True, True, True]
     assert (out / "lora-sweep.png").stat().st_size > 5000
     report = (out / "report.md").read_text(encoding="utf-8")
-    assert "## 7." in report and "## 2." not in report and "100.0%" in report
+    assert "## 7." in report and "## 2." not in report and "| 0.0% | 100.0% |" in report
+    assert report.count("| LoRA r=8, q+v") == 1
     done = list((out / "runs").glob("*/finished"))
     assert len(done) == 5
     before = [p.stat().st_mtime_ns for p in done]
