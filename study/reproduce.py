@@ -44,7 +44,8 @@ from dataset import collate, encode_pairs, next_token_loss  # noqa: E402
 from model import PRESETS  # noqa: E402
 from records import story_hash  # noqa: E402
 from study import report  # noqa: E402
-from study.runs import Lab, Mix, Run  # noqa: E402
+from study.runs import ORDERED, Lab, Mix, Run  # noqa: E402
+from study.runs import ORDERS as LINE_ORDERS  # noqa: E402
 
 SEEDS = (1, 2, 3)
 MAIN_JOB = 381  # its steps: after 150 nothing copies yet
@@ -58,12 +59,21 @@ SIZES = (500, 2000, 13000)  # stories
 REPLAYS, SEEDED_REPLAYS = (0, 0.05, 0.1, 0.25, 0.5), (0, 0.1, 0.5)
 MIXES = tuple(i / 10 for i in range(11))
 LEAKY_STORIES, LEAKY_FRACTION = 500, 0.05
+REWARMED = ("--lr", "3e-4", "--warmup", "15", "--max-steps", "160", "--eval-every", "160", "--seed", "2")
+BASES = {"held": "3e-4", "fallen": "2e-5"}  # --min-lr of REWARMED pretraining
 FAR = 1.2  # times the lowest loss: runs that end higher would squeeze all others together in a figure
 
 SWEEP_DTYPE = "bf16-mixed"
 FULL_LRS, LORA_LRS = (1e-4, 5e-4, 2e-3), (2e-3, 5e-3)
 FACTOR, WIDENED = 2.5, 2  # a best learning rate at the edge of its grid: further ones, so many times at most
 MARGIN = 0.02  # of a rate: what two methods may differ by and still be called alike
+PARTS_RANK, PARTS_LRS = 64, {"full": 5e-4, "LoRA": 2e-3}
+MLP = "gate_proj,up_proj,down_proj"
+PARTS = {  # of full fine-tuning what stays as it is (the head is the embedding), of LoRA its targets
+    "full": (), "full, norms frozen": ("norm",), "full, embedding frozen": ("embed_tokens",),
+    "full, both frozen": ("embed_tokens", "norm"), "LoRA, all-linear": "all-linear",
+    "LoRA, all-linear and head": f"q_proj,k_proj,v_proj,o_proj,{MLP},lm_head", "LoRA, attention": "attention",
+    "LoRA, MLP": MLP}
 METHODS = {"full fine-tuning": None, "LoRA r=8, q+v": (8, "q_proj,v_proj"),  # rank, targets
            **{f"LoRA r={r}, {targets}": (r, targets) for r in (8, 64, 256) for targets in ("study", "all-linear")}}
 
@@ -107,7 +117,7 @@ def collect(lab, number):
     for name, seed, run, _ in EXPERIMENTS[number].plan(lab):
         if known := lab.result(run):
             met = known.get("eval", {}).get("satisfied", {})
-            results[name, seed] = known | known.get("eval", {}) | {"run": run} | rates_of(known) | {
+            results[name, seed] = known | known.get("eval", {}) | {"run": run} | rates_of(known) | orders_of(known) | {
                 f"all_of_{k}": met.get(str(k), {}).get("rate") for k in (1, 2, 3, 4)} | {
                 "all_of_more": rate_of_all([met[k] for k in "234" if k in met])}
     return results
@@ -120,6 +130,13 @@ def rates_of(known):
     parts = {"everything": judged.get("everything", {}), "each_word": kinds.get("每个词", {}),
              "sentence": kinds.get("随机句子", {}), "clauses": kinds.get("摘要的分句", {})}
     return {name: part.get("rate") for name, part in parts.items()}
+
+
+def orders_of(known):
+    """What is met of instructions in several orders of their lines."""
+    of = known.get("orders") or {}
+    shares = {f"orders_{name}": of[name] for name in ("met", "every", "some") if name in of}
+    return shares | ({"order_decides": of["some"] - of["every"]} if "some" in of else {})
 
 
 def rate_of_all(parts):
@@ -555,6 +572,8 @@ def plan_little_data(lab):
         for size in sizes:
             for order in ORDERS:
                 yield (size, order), seed, data_run(lab, size, order, seed), "eval"
+        for order in ORDERS:
+            yield (sizes[-1], order), seed, data_run(lab, sizes[-1], order, seed), "orders"
     if lab.shipped:
         pretrained = Run(("pretrain.py", "--epochs", "0.25", "--dtype", "bf16-mixed", "--eval-every", "1000",
                           "--tokenizer", os.path.relpath(lab.init / "tokenizer.model")))
@@ -570,9 +589,14 @@ def report_little_data(lab, results):
     rows = [[f"{size:,}", *(results.cell((size, order)) for order in ORDERS), results.count((size, ORDERS[0]))]
             for size in sizes]
     labels = {(size, order): f"{size:,} stories, {order}" for size in sizes for order in ORDERS}
+    largest = [(sizes[-1], order) for order in ORDERS] if sizes else []
+    ordered = [[labels[name], *(results.cell(name, f"orders_{share}", "{:.1%}") for share in ("met", "every", "some")),
+                results.count(name, "orders_met")] for name in largest]
     blocks = [f"At {lab.steps} steps each, the settings of run 4, on the same validation stories.",
               report.table(["stories", *(f"loss, {order}" for order in ORDERS), "seeds"], rows),
-              measures_table(results, "data", labels)]
+              measures_table(results, "data", labels),
+              f"{ORDERED} of the instructions, of two constraints or more, their lines in up to {LINE_ORDERS} orders:",
+              report.table(["data", "met, mean", "met in every order", "in one at least", "seeds"], ordered)]
     findings = [
         Finding("too little data holds it back", "loss of 500 stories - of 13,000, one order",
                 results.differences((500, ORDERS[0]), (13000, ORDERS[0]))),
@@ -584,6 +608,9 @@ def report_little_data(lab, results):
                 results.differences((13000, ORDERS[0]), (13000, ORDERS[1]))),
         Finding("permuting constraints: it obeys better", "everything met, 13,000 stories, all orders - one order",
                 results.differences((13000, ORDERS[1]), (13000, ORDERS[0]), "everything"), share=True),
+        Finding("(ours) permuting makes the order of the lines matter less",
+                "met in one order, not in every: one order - all orders",
+                results.differences((13000, ORDERS[0]), (13000, ORDERS[1]), "order_decides"), share=True),
     ]
     if lab.shipped:
         rows = [[name, results.cell(name, "base_loss"), results.cell(name), results.cell(name, "all_of_1", "{:.0%}"),
@@ -691,6 +718,71 @@ def report_leak(lab, results):
         result["loss_by_story"] - result["loss"] for result in results.values() if "loss_by_story" in result])]
 
 
+# ---- 8: the faster fall, and a base whose learning rate has fallen ----
+
+def plan_fall(lab):
+    if not lab.shipped:
+        return
+    bases = {name: Run(("pretrain.py", "--init", os.path.relpath(lab.init), *REWARMED, "--min-lr", low, "--dtype",
+                        "bf16-mixed")) for name, low in BASES.items()}
+    for name, base in bases.items():
+        yield f"base, {name}", SEEDS[0], base, None
+    for seed in lab.seeds:
+        for name, base in bases.items():
+            for rate in (1, 2):
+                yield (name, rate), seed, lab.sft(5e-4, "bf16-mixed", seed, *decay(rate), "--init",
+                                                  lab.model(base)), None
+
+
+def report_fall(lab, results):
+    if not lab.shipped:
+        return ["Only with the base that ships."], []
+    rows = [[f"{name} ({low} at the end)", results.cell(f"base, {name}"), f"{rate}", results.cell((name, rate)),
+             results.cell((name, rate), "middle"), results.count((name, rate))]
+            for name, low in BASES.items() for rate in (1, 2)]
+    blocks = [
+        "Two bases, each made by 160 more steps of pretraining from the one that ships, on the same texts: the rate "
+        "goes up to 3e-4 and is held there, or falls again. Fine-tuned in bf16-mixed at 5e-4.",
+        report.table(["the base's learning rate", "its loss on plain stories", "decay", "validation loss",
+                      "training loss, middle tenth", "seeds"], rows)]
+    return blocks, [
+        finding for name, low in BASES.items() for finding in (
+            Finding(f"(ours) a faster fall converges faster from a base whose rate was {name}",
+                    "training loss in the middle, decay 1 - 2", results.differences((name, 1), (name, 2), "middle")),
+            Finding(f"(ours) a faster fall ends lower from a base whose rate was {name}", "loss, decay 1 - 2",
+                    results.differences((name, 1), (name, 2))))]
+
+
+# ---- 9: which weights copying needs ----
+
+def plan_parts(lab):
+    for seed in lab.seeds:
+        for name, parts in PARTS.items():
+            lr = PARTS_LRS[name.split(",")[0]]
+            if isinstance(parts, str):
+                program = ("lora.py", "--r", PARTS_RANK, "--alpha", 2 * PARTS_RANK, "--targets", parts)
+                yield name, seed, lab.sft(lr, SWEEP_DTYPE, seed, program=program), "eval"
+            else:
+                yield name, seed, lab.sft(lr, SWEEP_DTYPE, seed, frozen=parts), "eval"
+
+
+def report_parts(lab, results):
+    return [
+        f"{SWEEP_DTYPE}, decay 1; full at {PARTS_LRS['full']:g}, LoRA r={PARTS_RANK} at {PARTS_LRS['LoRA']:g}. With "
+        "both frozen, norms and embedding (which is the head as well), full fine-tuning trains what all-linear adapts.",
+        measures_table(results, "trained"),
+    ], [
+        *(Finding(f"(ours) with {parts} frozen full fine-tuning obeys worse", "everything met, all trained - frozen",
+                  results.differences("full", f"full, {parts} frozen", "everything"), share=True)
+          for parts in ("norms", "embedding", "both")),
+        Finding("(ours) LoRA obeys worse than full fine-tuning of the same Linears",
+                "everything met, both frozen - LoRA",
+                results.differences("full, both frozen", "LoRA, all-linear", "everything"), share=True),
+        Finding("(ours) LoRA obeys better with the head", "everything met, with it - without",
+                results.differences("LoRA, all-linear and head", "LoRA, all-linear", "everything"), share=True),
+    ]
+
+
 # ---- all of it ----
 
 @dataclass
@@ -709,6 +801,8 @@ EXPERIMENTS = {  # in the order in which they are run: what the others build on 
     4: Experiment("Replay", plan_replay, report_replay),
     5: Experiment("Weight averaging", plan_averages, report_averages),
     6: Experiment("The leak", plan_leak, report_leak),
+    8: Experiment("The faster fall, from a base whose learning rate has fallen", plan_fall, report_fall),
+    9: Experiment("Which weights copying needs", plan_parts, report_parts),
 }
 
 
@@ -734,7 +828,7 @@ def write_csv(path, everything):
     columns = ["experiment", "key", "seed", "command", "base_loss", "loss", "seconds", "tokens_per_s", "unchanged",
                "middle", "loss_by_story", "val_loss", "plain_nll", "base_nll", "gen_nll", "rep4", "distinct2",
                "eos_rate", "lcs", "everything", "each_word", "sentence", "clauses", "all_of_1", "all_of_2", "all_of_3",
-               "all_of_4"]
+               "all_of_4", "orders_met", "orders_every", "orders_some"]
     with open(path, "w", encoding="utf-8", newline="") as f:
         writer = csv.DictWriter(f, columns, extrasaction="ignore")
         writer.writeheader()
@@ -794,7 +888,7 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("experiment", nargs="?", choices=["lora-sweep"], help="the same as --only 7")
     flag("--quick", action="store_true", help="experiments 1 and 2, one seed, 60 steps, losses only")
-    flag("--only", type=numbers, help="these experiments, such as 1,4 (default: 0 to 7)")
+    flag("--only", type=numbers, help="these experiments, such as 1,4 (default: 0 to 9)")
     flag("--init", help="model directory to start from (default: the base that ships)")
     flag("--data", help="as train_sft.py's (default: the built-in corpus); with stories.jsonl in it for experiment 4")
     flag("--preset", choices=PRESETS, help="geometry of --init; microstories: with the study's batches of 32")

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import random
 import shutil
 import statistics
 import subprocess
@@ -24,7 +25,7 @@ import lora
 import pretrain
 import train_sft
 from checkpoint import WEIGHTS, find_base, find_last, load_last, load_model, save_model
-from constraints import parse
+from constraints import parse, permutations
 from data import builtin, generate
 from data.judged import add_rivals, held_out_rows
 from dataset import by_length, encode_pairs, mean_loss
@@ -37,20 +38,24 @@ RESULTS = "results.jsonl"
 EMA_HORIZON = 0.1  # of the steps of a run
 JUDGED = builtin.INSTRUCTIONS  # that every model is judged by
 STORY_TOKENS = 400             # of a test case's story
+ORDERED, ORDERS = 120, 6       # instructions that are given in several orders of their lines; how many at most
 
 
 @dataclass(frozen=True)
 class Run:
-    """argv: a training command as a user would type it, without --out. optimizer: one of OPTIMIZERS."""
+    """argv: a training command as a user would type it, without --out. optimizer: one of OPTIMIZERS. frozen: what the
+    names of parameters contain that stay as they are."""
     argv: tuple
     optimizer: str = "AdamW"
+    frozen: tuple = ()
 
     def steps(self):
         """How many optimizer steps it is to make, where the flags say it."""
         return int(self.argv[self.argv.index("--max-steps") + 1]) if "--max-steps" in self.argv else math.inf
 
     def command(self):
-        return "python " + " ".join(self.argv) + ("" if self.optimizer == "AdamW" else f"  # {self.optimizer}")
+        return "python " + " ".join(self.argv) + ("" if self.optimizer == "AdamW" else f"  # {self.optimizer}") + (
+            f"  # frozen: {', '.join(self.frozen)}" if self.frozen else "")
 
 
 @dataclass(frozen=True)
@@ -217,12 +222,12 @@ class Lab:
         self.results = self.out / RESULTS
         self.known = read_results(self.results, self.origin) if self.results.is_file() else {}  # by command
 
-    def sft(self, lr, dtype, seed, *more, program=("train_sft.py",), data=None, optimizer="AdamW"):
+    def sft(self, lr, dtype, seed, *more, program=("train_sft.py",), data=None, optimizer="AdamW", frozen=()):
         """The Run of one fine-tuning; more: further flags, which may overrule."""
         data = data or self.data
         argv = [*program, *self.settings, "--lr", f"{lr:g}", "--seed", seed, "--max-steps", self.steps, "--eval-every",
                 self.steps, "--dtype", dtype, *(["--data", data] if data else []), *more]
-        return Run(tuple(str(a) for a in argv), optimizer)
+        return Run(tuple(str(a) for a in argv), optimizer, frozen)
 
     def directory(self, run):
         return self.out / "runs" / digest(json.dumps([run.command(), self.origin]).encode())
@@ -286,8 +291,7 @@ class Lab:
                 self.makers[path]()
         more = {}
         if run.argv[0] == "train_sft.py":
-            cls = functools.partial(OPTIMIZERS[run.optimizer], horizon=max(1.0, EMA_HORIZON * self.steps))
-            more["make_optimizer"] = functools.partial(train_sft.adamw, cls=cls)
+            more["make_optimizer"] = functools.partial(self.optimizer, run)
         failed, start = None, time.perf_counter()
         with open(directory / "output.txt", "a", encoding="utf-8") as f, \
                 contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
@@ -301,6 +305,13 @@ class Lab:
         if failed and not isinstance(failed, str):
             raise ValueError(f"{run.command()} ended with exit code {failed}; see {directory / 'output.txt'}")
         self.finish(run, directory, failed, time.perf_counter() - start)
+
+    def optimizer(self, run, model, *settings):
+        """As train_sft's make_optimizer."""
+        for name, p in model.named_parameters():
+            p.requires_grad_(not any(part in name for part in run.frozen))
+        cls = functools.partial(OPTIMIZERS[run.optimizer], horizon=max(1.0, EMA_HORIZON * self.steps))
+        return train_sft.adamw(model, *settings, cls=cls)
 
     def finish(self, run, directory, failed, seconds):
         """The result, in place of all that is known of an earlier model of this run; and the moving average. What only
@@ -317,7 +328,7 @@ class Lab:
             if "counted" in first:
                 result["unchanged"] = first["unchanged"] / first["counted"]
             averages = [state["optimizer"]["state"][i].get("ema") for i in range(len(state["optimizer"]["state"]))]
-            if all(a is not None for a in averages):
+            if not run.frozen and all(a is not None for a in averages):
                 params = sorted(tuned.parameters(), key=lambda p: p.dim() < 2)  # as `train` groups them
                 for p, average in zip(params, averages):
                     p.data = average
@@ -361,6 +372,13 @@ class Lab:
             known = [*(r["output"] for r in builtin.fine_tuning()), *builtin.replayed()]
         return rows, plain, {"detect": features.detector(), "measure": memorisation.measure(known)}
 
+    @functools.cached_property
+    def with_several_constraints(self):
+        """Of the yardstick's instructions those of which combined.py can tell."""
+        rows = self.yardstick[0]
+        add_rivals(rows, combined.SEED)
+        return list(filter(combined.is_checked_whole, rows))
+
     def evaluation(self, model, tokenizer):
         """evaluate.py's measures, one story an instruction, the validation loss, and the study's test cases."""
         rows, plain, more = self.yardstick
@@ -374,10 +392,23 @@ class Lab:
     def together_and_alone(self, model, tokenizer):
         """study/combined.py's table: {number of constraints, or kind: {"n", "together", "alone": shares that are met,
         "rate", "lo", "hi": of their difference}}."""
-        rows = self.yardstick[0]
-        add_rivals(rows, combined.SEED)
-        rows = list(filter(combined.is_checked_whole, rows))
+        rows = self.with_several_constraints
         return combined.summary(combined.measure([(model, tokenizer)], rows)) if rows else {}
+
+    def in_every_order(self, model, tokenizer):
+        """Instructions in several orders of their lines, one story each: {"n": instructions, "met": mean share of their
+        orders that are met in full, "every", "some": shares of instructions that are in every order, in one at least}.
+        """
+        rng, variants = random.Random(combined.SEED), []
+        for row in self.with_several_constraints[:ORDERED]:
+            orders = list(permutations(row["constraints"]))
+            variants.append([row | {"constraints": order} for order in rng.sample(orders, min(ORDERS, len(orders)))])
+        if not variants:
+            return {"n": 0}
+        shares = iter(combined.met_shares(model, tokenizer, [row for some in variants for row in some]))
+        met = [[next(shares)["all"] for _ in some] for some in variants]
+        return {"n": len(met)} | {name: statistics.fmean(map(of, met)) for name, of in (
+            ("met", statistics.fmean), ("every", min), ("some", max))}
 
     def validation_loss(self, model, tokenizer):
         """Nats per token, on stories that no row of training comes from."""
@@ -408,4 +439,5 @@ def middle(log):
     return statistics.fmean(losses[half - width:half + width]) if losses else None
 
 
-MEASUREMENTS = {"eval": Lab.evaluation, "combined": Lab.together_and_alone, "loss_by_story": Lab.validation_loss}
+MEASUREMENTS = {"eval": Lab.evaluation, "combined": Lab.together_and_alone, "orders": Lab.in_every_order,
+                "loss_by_story": Lab.validation_loss}

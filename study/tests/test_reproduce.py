@@ -50,6 +50,8 @@ def toy(model_dir, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "FULL_LRS", (1e-3, 1e-2))
     monkeypatch.setattr(reproduce, "LORA_LRS", (1e-2,))
     monkeypatch.setattr(reproduce, "WIDENED", 0)
+    monkeypatch.setattr(reproduce, "PARTS_RANK", 8)
+    monkeypatch.setattr(runs, "ORDERED", 3)
     return ["--init", str(model_dir), "--data", str(data), "--out", str(tmp_path / "out"), "--steps", "10"]
 
 
@@ -71,7 +73,7 @@ def test_all_experiments_and_findings_that_hold_and_do_not(toy, tmp_path, monkey
     reproduce.main(toy)
     assert capsys.readouterr().out == f"{out / 'report.md'}, {out / 'runs.csv'}\n"
     table = table_of(out)
-    assert {row["experiment"] for row in table} == set("01234567")
+    assert {row["experiment"] for row in table} == set("012345679")  # 8 is for the base that ships
     assert {row["seed"] for row in table} == {"1", "2", "3"}
 
     # a verdict is the t interval of the differences in runs.csv
@@ -232,17 +234,50 @@ def test_a_base_of_a_quarter_of_the_tokens(model_dir, tmp_path, monkeypatch):
                                 (reproduce, "SIZES", (10, 20)), (reproduce, "SEEDS", (1,))):
         monkeypatch.setattr(module, name, value)
     builtin.fine_tuning.cache_clear()
-    reproduce.main(["--only", "0", "--out", str(tmp_path), "--steps", "2"])
+    monkeypatch.setattr(reproduce, "REWARMED", ("--lr", "1e-2", "--warmup", "1", "--max-steps", "3"))
+    reproduce.main(["--only", "0,8", "--out", str(tmp_path), "--steps", "2"])
     table = table_of(tmp_path)
     [quarter] = [row for row in table if row["key"] == "pretraining a quarter"]
     assert "--epochs 0.25" in quarter["command"]
     before = {row["key"]: float(row["base_loss"]) for row in table if row["key"].startswith("base")}
-    assert before["base of a quarter"] != before["base"] and len(table) == 4 + 2 + 1
+    assert before["base of a quarter"] != before["base"] and len(table) == 4 + 2 + 1 + 6
+    # two bases, one of which was held at its learning rate, each fine-tuned with both decays
+    fall = {row["key"]: float(row["base_loss"]) for row in table if row["experiment"] == "8"}
+    assert fall["held 1"] == fall["held 2"] != fall["fallen 1"] == fall["fallen 2"] != before["base"]
     assert "base of a quarter" in (tmp_path / "report.md").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in open(tmp_path / "data" / "10-all permutations.jsonl", encoding="utf-8")]
     assert len({row["output"] for row in rows}) == 10 < len(rows)
     held = {json.loads(line)["output"] for line in open(tmp_path / "data" / "val.jsonl", encoding="utf-8")}
     assert held and not held & {row["output"] for row in rows}
+
+
+def test_what_is_frozen_stays_as_it_is(toy, tmp_path):
+    lab = runs.Lab(toy[1], toy[3], tmp_path / "out", 2)
+    run = lab.sft(1e-2, "bf16-mixed", 1, frozen=("embed_tokens", "norm"))
+    lab.make(run, "loss_by_story")  # of the trained model, not of another run with the same flags
+    assert lab.result(run)["loss_by_story"] == pytest.approx(lab.loss(run), rel=1e-3)
+    assert lab.loss(lab.sft(1e-2, "bf16-mixed", 1)) is None
+    before, after = (load_file(Path(directory) / WEIGHTS) for directory in (toy[1], lab.model(run)))
+    for name, weight in after.items():
+        same = torch.equal(weight, before[name])
+        assert same == ("norm" in name or "embed_tokens" in name), name
+
+
+def test_an_instruction_in_every_order_of_its_lines(toy, tmp_path, monkeypatch):
+    rows = [{"constraints": {"词汇": ["小猫"], "随机句子": "天黑了。"}, "story": None},
+            {"constraints": {"词汇": ["小狗"], "随机句子": "天亮了。", "特点": ["对话"]}, "story": None},
+            {"constraints": {"词汇": ["小狗"]}, "story": None}]
+
+    def write(model, tokenizer, prompts, *_):  # obeys where the words stand first, and with two lines always
+        return [["“好！”小猫和小狗。天黑了。天亮了。" if prompt.startswith("词汇") or prompt.count("\n") == 1 else "。"]
+                for prompt in prompts], 1.0, None
+    monkeypatch.setattr(runs.combined, "write_stories", write)
+    lab = runs.Lab(toy[1], toy[3], tmp_path / "out", 2)
+    lab.yardstick = (rows, [], {})
+    assert lab.in_every_order(None, None) == {"n": 2, "met": pytest.approx((1 + 2 / 6) / 2), "every": 0.5, "some": 1.0}
+    monkeypatch.setattr(runs, "ORDERS", 1)
+    found = lab.in_every_order(None, None)
+    assert found["every"] == found["some"]
 
 
 def test_runs_keep_their_names_when_the_checkout_moves(model_dir, tmp_path, monkeypatch):
