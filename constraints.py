@@ -254,7 +254,8 @@ def clauses_told(summary, story):
 
 
 QUOTED = re.compile(r"“([^“”]+)”|「([^「」]+)」|『([^『』]+)』|\"([^\"]+)\"")
-INTRODUCED = re.compile(r"[：:]\s*[“”「『\"]|[说道问喊答]\s*[“「『\"]")  # real text closes what it opens carelessly
+# real text closes what it opens carelessly, but there is something between
+INTRODUCED = re.compile(r"(?:[：:]\s*[“”「『\"]|[说道问喊答]\s*[“「『\"])(?=\s*[^\s“”「」『』\"])")
 SPEECH_END = tuple("。！？!?…，,～~—.")
 
 

@@ -174,7 +174,7 @@ def evaluate(model, tokenizer, rows, base=None, plain=(), samples=2, seed=1337, 
     rows: of `read_rows`. base: the untuned model with the same tokenizer, for gen_nll, base_nll and the floor. plain:
     held-out stories. detect(story) -> {feature: True or False}, for features that no rule can tell; measure(stories) ->
     a dict of further numbers. Losses are in nats per token. The same seed gives the same dict, but for the seconds that
-    writing the model's stories took.
+    writing the model's stories, and choosing the best of them, took.
     """
     left_out, rows = len(rows), checkable(rows, detect)
     left_out -= len(rows)
@@ -187,8 +187,8 @@ def evaluate(model, tokenizer, rows, base=None, plain=(), samples=2, seed=1337, 
     was_training = model.training
     start = time.perf_counter()
     written, eos_rate, drawn = write_stories(model.eval(), tokenizer, instructions, samples, seed, sampling, quiet)
-    seconds = time.perf_counter() - start
     chosen = best_of(model, tokenizer, rows, drawn, max_new_tokens) if samples >= BEST_OF else {}
+    seconds = time.perf_counter() - start
     floor = None
     if base is not None:
         base.eval()

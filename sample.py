@@ -210,8 +210,8 @@ def continue_file(model, tokenizer, instructions, max_new_tokens, seed, sampling
             lines = filter(None, (marks(result), told, not constraints and UNREAD))
             print("─" * 60, text, "", story, "", *lines, sep="\n")
         return
-    common.write_jsonl(out, ({"instruction": text, "output": story, "met": result}
-                             for text, story, result in zip(instructions, stories, met)))
+    common.write_jsonl(out, ({"instruction": text, "output": story, "met": result} | ({"draws": told} if told else {})
+                             for text, (story, told), result in zip(instructions, chosen, met)))
     print(f"{len(stories)} stories -> {out}")
 
 
@@ -287,8 +287,8 @@ def parse_args(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="--out may be there already")
     # sampling
     parser.add_argument("--best-of", type=count, default=1, metavar="N",
-                        help="draw N stories, show the one that meets most of what can be checked, of equals the one "
-                             "of the highest mean log probability (default: %(default)s)")
+                        help="draw N stories, show the one that meets most of what can be checked; of equals the one "
+                             "that tells most clauses of the summary, then the likeliest (default: %(default)s)")
     parser.add_argument("--temperature", type=not_negative(float),
                         help="0 is argmax (default: 0.2, with --best-of 0.7)")
     parser.add_argument("--top-p", type=number(float, lambda p: 0 < p <= 1, "is outside (0, 1]"),

@@ -26,7 +26,7 @@ import train_sft
 from checkpoint import find_last, find_model, load_last, load_model, resuming, save_model, save_tokenizer
 from constraints import LIST_KEYS, SENTENCE, SUMMARY, WORDS, check, clauses_told, fold, outcomes, render, sentences
 from data import builtin
-from data.judged import add_rivals, checkable, read_rows
+from data.judged import add_rivals, checkable, read_rows, refuse_handwritten
 from dataset import collate, encode_pair, encode_prompt, fingerprint
 from decoding import generate
 from evaluate import plain_loss, repetition
@@ -57,20 +57,18 @@ def lcs_length(a, b):
 
 
 def misused(words, story):
-    """Do all the words, if there are several, stand in the story as a list, with nothing else between them? Or does it
-    tell a sentence of six characters and more twice?"""
+    """Do all the words stand in the story as a list, in any order, with nothing but marks between them (from three on
+    not even 和)? Or does it tell a sentence of six characters and more twice?"""
     told = [sentence for sentence in map(fold, sentences(story)) if len(sentence) >= 6]
-    listed = len(words) > 1 and re.search("[，、, ]".join(map(re.escape, words)), story)
+    word, between = "|".join(map(re.escape, words)), r"[，、；;,\s]" if len(words) < 3 else r"[，、；;,\s和与跟]*"
+    listed = len(words) > 1 and re.search(f"(?:{word})(?:{between}(?:{word})){{{len(words) - 1}}}", story)
     return bool(listed) or len(set(told)) < len(told)
 
 
 def judge(row, story, ended, usual_repetition):
     """A story for the row's instruction -> {"reward": 0 … 1, "whole": does it meet all that can be checked?, and the
-    share met of each kind}.
-
-    The reward is the mean over the constraints that can be checked, 0 for a story without an end, less repeated
-    4-grams beyond `usual_repetition`, less MISUSE if `misused`.
-    """
+    share met of each kind}. The reward: the mean over what can be checked, 0 for a story without an end, less repeated
+    4-grams beyond `usual_repetition`, less MISUSE if `misused`."""
     constraints, shares = row["constraints"], {}
     met = check(story, constraints, row["rivals"])
     for key, value in met.items():
@@ -179,7 +177,8 @@ class Rollouts:
                 self.count([{"plain_nll": plain_loss(model, self.tokenizer, self.plain)}])
             return torch.tensor(sum(1 - story["reward"] for story in stories)), len(stories)
         x, y, weights = batch
-        return model(to_device(x, model.lm_head.weight.device), y, weights), (y != IGNORE).sum().item()
+        with torch.autocast(model.lm_head.weight.device.type, enabled=False):  # as the stories were written
+            return model(to_device(x, model.lm_head.weight.device), y, weights), (y != IGNORE).sum().item()
 
 
 def advantages(groups):
@@ -209,8 +208,8 @@ def nothing(groups):
 # ---- the command ----
 
 def parse_args(argv=None):
-    parser = train_sft.training_parser("Reinforcement from verifiable rewards: the model writes stories, code checks "
-                                       "them, and the better ones of each group are made likelier.")
+    parser = train_sft.training_parser("Reinforcement: the model writes stories, code checks them, and the better ones "
+                                       "of each group are made likelier.")
     flag = parser.add_argument
     flag("--adapter", type=to_path, help="LoRA adapter directory on --init: train the adapter only")
     flag("--algo", choices=["pg", "rft"], default="pg",
@@ -234,6 +233,7 @@ def load_rows(args):
     if args.data:
         train_file, val_file = train_sft.data_files(args)
         rows = read_rows(train_file, args.encoding)
+        refuse_handwritten(rows, train_file)
         rows, judged = (rows, read_rows(val_file, args.encoding)) if val_file else split_by_story(
             rows, args.val_fraction, story=lambda row: row["story"] or render(row["constraints"]))
     else:

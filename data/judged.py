@@ -104,6 +104,15 @@ def checkable(rows, detect=None):
             if set(row["constraints"]) - {FEATURE} or outcomes(check("", row["constraints"], detect=detect))]
 
 
+def refuse_handwritten(rows, path):
+    """Raise ValueError if some of the rows, read from `path` to train on, have a sentence or a summary of a handwritten
+    instruction. (A feature or a word can be anyone's.)"""
+    def texts(rows):
+        return {row["constraints"][key] for row in rows for key in (SENTENCE, SUMMARY) if key in row["constraints"]}
+    if again := texts(rows) & texts(read_rows(HANDWRITTEN)):
+        raise ValueError(f"{path}: {min(again)!r} is of {HANDWRITTEN.name}, by which models are judged")
+
+
 def add_rivals(rows, seed):
     """Give every row with a summary the 19 others it is told apart from: the same kind of protagonist first."""
     lexicon = language.load()["lexicon"]

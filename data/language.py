@@ -29,6 +29,7 @@ HERO = "主角"                   # the class of open plots' heroes; scenes for 
 HELD_OUT = 14                   # one in so many words of the open classes is held out: see `load_classes`
 LEAST = 6                       # scenes of a class without speech: a story has no scene twice
 MOST = 5                        # words asked for
+PARTICLES = "呀呢吧啊嘛呗哦啦"   # two scenes that differ only in these are one
 CHARACTER = ("full", "ta")      # {hero.full} 小兔豆豆, {hero.ta} 它; {hero.kind} where the class has names
 
 
@@ -147,6 +148,9 @@ def load_classes(tables, path, lexicon):
             entries[entry["word"]] = entry
         if table.get("names") and not all("ta" in entry for entry in entries.values()):
             raise ValueError(f"{where}: characters with names need a pronoun, the column or field ta")
+        for other in (other for other in lexicon if table.get("open") and lexicon[other].get("open")):
+            if again := sorted(entries.keys() & lexicon[other]["by_word"]):
+                raise ValueError(f"{where}: {again[0]!r} is in [{other}], too")
         closed = {word for other in lexicon.values() if not other.get("open") for word in other.get("by_word", ())}
         held_out = {word for word in entries if table.get("open") and len(word) > 1 and word not in closed
                     and zlib.crc32(word.encode()) % HELD_OUT == 0}
@@ -223,6 +227,8 @@ class Slots:
     def phrasings(self, texts, where):
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f"{where}: must be a list of phrasings")
+        if again := next((text for i, text in enumerate(texts) if text in texts[:i]), None):
+            raise ValueError(f"{where}: {again!r} is there twice")
         return [self.compile(text, f"{where}, phrasing {i}") for i, text in enumerate(texts, 1)]
 
     def beat(self, texts, where):
@@ -250,9 +256,9 @@ def load_phrasings(path, lexicon):
             for slot in re.findall(r"\{([^{}|]*)\}", text):
                 if slot == "they" or "say" in lexicon.get(slot, ()):
                     raise ValueError(f"{where}: {{{slot}}} is for plots only")
-            shape = re.sub(r"\{[^{}]*\}", "{}", text)
+            shape = re.sub(f"[{PARTICLES}]", "", re.sub(r"\{[^{}]*\}", "{}", text))
             if shape in shapes:
-                raise ValueError(f"{where}: differs from {shapes[shape]} only in its slots")
+                raise ValueError(f"{where}: differs from {shapes[shape]} only in its slots or particles")
             shapes[shape] = where
             used = dict.fromkeys(part.partition(".")[0] for part in parts if isinstance(part, Slot))  # in their order
             groups[heading].append({"parts": parts, "slots": {slot: slots.tables[slot] for slot in used},

@@ -6,7 +6,7 @@ import lzma
 import random
 import sys
 from collections import Counter
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,14 +16,16 @@ from common import command_line, positive  # noqa: E402
 
 from tqdm import tqdm  # noqa: E402
 
-from constraints import FEATURES, SUMMARY, WORDS, has_dialogue, sentences  # noqa: E402
+from constraints import FEATURES, SENTENCE, SUMMARY, WORDS, has_dialogue, sentences  # noqa: E402
 from data import generate, language  # noqa: E402
 from data.judged import add_rivals  # noqa: E402
 from data.language import Slot  # noqa: E402
-from evaluate import obedience  # noqa: E402
+from evaluate import obedience, repetition  # noqa: E402
 from study.places import places  # noqa: E402
 
 XZ_CHARS = 1_100_000
+OPENING = 2    # sentences
+BESIDE = 2000  # stories of the grammar that the authored ones are compared with
 
 
 def skeleton(source):
@@ -114,6 +116,9 @@ def grammar(n, seed):
     at = sorted(place for row in rows for _, place in places(row["constraints"], row["output"]))
     yield "place of asked words and sentences in their story: median, share in the first third", (
         f"{at[len(at) // 2]:.2f}, {sum(place < 1 / 3 for place in at) / len(at):.0%}")
+    opened = [part in "".join(sentences(row["output"])[:OPENING]) for row in rows
+              for part in (*row["constraints"].get(WORDS, ()), row["constraints"].get(SENTENCE)) if part]
+    yield f"asked words and sentences that stand in the first {OPENING} sentences", f"{sum(opened) / len(opened):.0%}"
     plots = [(record, source) for record, source in stories if source["plot"]]
     woven = [word in {source["values"].get(slot + ".kind") for slot in source["plot"]["slots"]}
              for record, source in plots for word in record["asked"].get(WORDS, [])]
@@ -132,6 +137,7 @@ def grammar(n, seed):
     everything = "\n".join(texts)
     yield "distinct content words (nouns, verbs, adjectives of the word lists that occur)", (
         f"{sum(word in everything for word in words):,}")
+    yield "repeated 4-grams, as evaluate.py counts them", f"{repetition(texts)['rep4']:.2%}"
     lengths = sorted(map(len, texts))
     yield "characters a story: least, median, most", f"{lengths[0]}, {lengths[n // 2]}, {lengths[-1]}"
 
@@ -171,16 +177,26 @@ def duplicates(n, seed):
     return int(last.rpartition("-")[2]) + 1 - n
 
 
-def authored():
+def grams(text):
+    return {text[i:i + 5] for i in range(len(text) - 4)}
+
+
+def most_alike(pairs):
+    """The highest Jaccard similarity of character 5-grams of pairs of `grams`."""
+    return max(len(a & b) / len(a | b) for a, b in pairs)
+
+
+def authored(seed):
     """Lines about the stories written one by one."""
     records = generate.authored()
     texts = [record["text"] for record in records]
-    grams = [{text[i:i + 5] for i in range(len(text) - 4)} for text in texts]
-    alike = max(len(a & b) / len(a | b) for a, b in combinations(grams, 2))
+    own = list(map(grams, texts))
+    generated = [grams(record["text"]) for record in generate.stories(BESIDE, seed)]
     yield "authored stories, of these held out", f"{len(records)}, {sum(r['split'] == 'heldout' for r in records)}"
     yield "authored: characters a story, least and most", f"{min(map(len, texts))}, {max(map(len, texts))}"
     yield "authored: openings of 8 characters that two share", len(texts) - len({text[:8] for text in texts})
-    yield "authored: highest Jaccard similarity of character 5-grams", f"{alike:.3f}"
+    yield "authored: highest Jaccard similarity of character 5-grams", f"{most_alike(combinations(own, 2)):.3f}"
+    yield f"authored: the same, to {BESIDE:,} stories of the grammar", f"{most_alike(product(own, generated)):.3f}"
     wrong = [r["story_id"] for r in records if any(word not in r["text"] for word in r["words"])
              or r["text"].count(r["sentence"]) != 1 or ("对话" in r["features"]) != has_dialogue(r["text"])]
     yield "authored: stories with a false word, sentence or 对话", len(wrong)
@@ -201,7 +217,7 @@ def main(argv=None):
     some = max(200, args.n // 10)
     lines = [(f"ceiling of evaluate.py's rule for 摘要, {some:,} stories", f"{ceiling(some, args.seed):.3f}"),
              (f"stories made again on the way to {args.unique:,} different ones", duplicates(args.unique, args.seed)),
-             *authored()]
+             *authored(args.seed)]
     for what, value in lines:
         print(f"| {what} | {value} |")
 

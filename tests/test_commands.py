@@ -218,6 +218,7 @@ def test_files_of_prompts(say, tok, tmp_path, content):
     say("--file", path, "--out", out, "--temperature", "0", "--ckpt", model)
     rows = [json.loads(line) for line in open(out, encoding="utf-8")]
     assert [r["instruction"] for r in rows] == ["词汇：铲子，草地\n特点：对话", "摘要：一只猫"]
+    assert set(rows[0]) == {"instruction", "output", "met"}
     assert set(rows[0]["met"]) == {"词汇", "特点"} and "铲子" in out.read_text(encoding="utf-8")
     met = [constraints.check(story, constraints.parse(asked)[0]) for asked, story in (
         ("词汇：猫，狗\n特点：对话，转折", "猫和狗。"), ("词汇：猫，狗", "猫。"), ("摘要：猫", ""))]
@@ -255,6 +256,9 @@ def test_the_best_of_several_draws_is_shown(say, tok, tmp_path, monkeypatch):
     path.write_text("词汇：铲子，猫\n\n特点：伏笔", encoding="utf-8")
     shown = say("--file", path, "--best-of", "3")
     assert "of 3 meet everything" in shown and "the likeliest of 3: nothing that can be checked" in shown
+    say("--file", path, "--best-of", "3", "--out", tmp_path / "best.jsonl")
+    rows = [json.loads(line) for line in open(tmp_path / "best.jsonl", encoding="utf-8")]
+    assert "of 3 meet everything" in rows[0]["draws"] and "the likeliest of 3" in rows[1]["draws"]
     assert "of 3 meet everything" in say("--instruction", "词汇：铲子，猫", "--best-of", "3")
     assert "no line of this request begins with 词汇：, 特点：, " in say("--instruction", "词会：铲子")
     assert "no line" not in say("--instruction", "词汇：铲子", "--prompt", "小猫")

@@ -11,7 +11,7 @@ import lora
 import train_rl
 import train_sft
 from checkpoint import load_last, load_model, save_model
-from data import builtin
+from data import builtin, judged
 from dataset import collate, encode_prompt
 from decoding import Decoder
 from model import IGNORE
@@ -36,12 +36,20 @@ def rollouts(tok, rows, **settings):
     (MEETS.replace("皮球", "气球"), True, 0.75),
     (MEETS.replace("哗啦啦", "哗啦"), True, 0.75),      # 10 of 11 characters, folded
     (MEETS.replace("哗啦啦地流着", "流"), True, 0.5),
-    ("小河，皮球。" + MEETS, True, 0.5), ("小河、皮球。" + MEETS, True, 0.5),
+    ("小河，皮球。" + MEETS, True, 0.5), ("皮球、小河。" + MEETS, True, 0.5), ("小河；皮球！" + MEETS, True, 0.5),
+    ("小河\n皮球\n" + MEETS, True, 0.5), ("小河和皮球。" + MEETS, True, 1),  # two things may be named together
     (MEETS + MEETS, True, pytest.approx(1 - 0.5 - (20 / 43 - 0.1))),
     (TWICE, True, 0.5), (TWICE.replace("天上的云飘走了。", "云走了。"), True, 1)])
 def test_what_a_story_is_worth(story, ended, reward):
     verdict = judge(ROW, story, ended, usual_repetition=0.1)
     assert verdict["reward"] == reward and verdict["whole"] == (reward == 1)
+
+
+@pytest.mark.parametrize("told, listed", [
+    ("风筝，小河，皮球。", True), ("小河和皮球和风筝。", True), ("小河、皮球和风筝", True), ("皮球风筝小河", True),
+    ("小河边有皮球和风筝。", False), ("小河，皮球。风筝飞了。", False)])
+def test_three_words_with_nothing_between_them_are_a_list(told, listed):
+    assert train_rl.misused(["小河", "皮球", "风筝"], told) == listed
 
 
 def test_a_sentence_is_nearly_there_only_in_order_and_in_one_sentence():
@@ -95,8 +103,10 @@ def test_the_probabilities_of_writing_are_those_of_training(tok):
             sampled.append(decoder(torch.tensor([ids]), pos[None])[0].log_softmax(-1)[story[i]].item())
     assert trained[y[0] != IGNORE].tolist() == pytest.approx(sampled, abs=1e-5)
     assert trained[y[0] == IGNORE].abs().max() == 0
-    loss = model(x, y, torch.full(y.shape, -1.0))
-    assert loss.item() == pytest.approx(sum(sampled), rel=1e-5)
+    some = rollouts(tok, [ROW])
+    with torch.autocast("cpu", torch.bfloat16):  # of bf16-mixed: stories are written without it, and learnt from so
+        loss, n = some.loss(model, (x, y, torch.full(y.shape, -1.0)))
+    assert loss.item() == pytest.approx(sum(sampled), rel=1e-5) and n == len(story)
 
 
 def test_story_and_end_learn_and_prompt_and_padding_do_not(tok):
@@ -233,14 +243,18 @@ def test_an_adapter_is_trained_alone(run, tok, tmp_path, algo, monkeypatch):
     lora.save(tmp_path / "adapter", model, run.init)
     monkeypatch.setattr(train_rl, "judge", lambda row, story, *_: {
         "reward": len(story) % 3 / 3, "whole": len(story) % 2})
-    run("--adapter", tmp_path / "adapter", "--algo", algo, "--max-steps", "2")
+    monkeypatch.setattr(train_sft, "get_lr", lambda *_: 1e-3)  # does not depend on the number of steps
+    usual = ["--adapter", tmp_path / "adapter", "--algo", algo]
+    run(*usual)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     tuned, _ = load_model(run.init, tmp_path / "out" / "last")
     before, after = (lora.adapters(m)["model.layers.0.self_attn.q_proj"].lora_B.weight for m in (model, tuned))
     assert not torch.equal(before, after)
-    run("--adapter", tmp_path / "adapter", "--algo", algo, "--resume", "--max-steps", "3", "--lr", "1e-20")
-    resumed, _ = load_model(run.init, tmp_path / "out" / "last")
-    assert torch.equal(lora.adapters(resumed)["model.layers.0.self_attn.q_proj"].lora_B.weight, after)
+    run(*usual, "--max-steps", "2", out="half")
+    run("--resume", *usual, "--max-steps", "4", out="half")
+    resumed, _ = load_model(run.init, tmp_path / "half" / "last")
+    whole, parts = tuned.state_dict(), resumed.state_dict()
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_user_errors_are_one_line(run, tmp_path, refused, monkeypatch):
@@ -259,6 +273,8 @@ def test_user_errors_are_one_line(run, tmp_path, refused, monkeypatch):
     refused(train_rl.main, usual, "can be checked")
     run.data.write_text("".join(json.dumps({"instruction": f"摘要：{a * 300}\n词汇：猫"}) + "\n" for a in "长短大小"))
     refused(train_rl.main, usual, "leaves no room")
+    run.data.write_bytes(judged.HANDWRITTEN.read_bytes())
+    refused(train_rl.main, usual, "by which models are judged")
     assert not list((tmp_path / "new").glob("*.safetensors"))
 
 
