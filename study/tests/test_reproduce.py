@@ -18,7 +18,7 @@ import sample
 import train_sft
 from checkpoint import WEIGHTS, gpt_config
 from data import builtin
-from study import reproduce, runs
+from study import experiments, findings, reproduce, runs
 
 METHODS = {"full fine-tuning": None, "LoRA r=8, q+v": (8, "q_proj,v_proj"), "LoRA r=64, all-linear": (64, "all-linear")}
 
@@ -42,15 +42,15 @@ def toy(model_dir, pairs, tmp_path, monkeypatch):
     (data / "stories.jsonl").write_text("".join(json.dumps({"text": s}, ensure_ascii=False) + "\n" for s in STORIES),
                                         encoding="utf-8")
     monkeypatch.setattr(runs, "JUDGED", 3)
-    monkeypatch.setattr(reproduce, "MIXES", (0.0, 1.0))
-    monkeypatch.setattr(reproduce, "SIZES", (8, 16))
-    monkeypatch.setattr(reproduce, "STUDY_RANKS", (8, 32))
-    monkeypatch.setattr(reproduce, "LEAKY_STORIES", 16)
-    monkeypatch.setattr(reproduce, "METHODS", {name: METHODS[name] for name in list(METHODS)[:2]})
-    monkeypatch.setattr(reproduce, "FULL_LRS", (1e-3, 1e-2))
-    monkeypatch.setattr(reproduce, "LORA_LRS", (1e-2,))
-    monkeypatch.setattr(reproduce, "WIDENED", 0)
-    monkeypatch.setattr(reproduce, "PARTS_RANK", 8)
+    monkeypatch.setattr(experiments, "MIXES", (0.0, 1.0))
+    monkeypatch.setattr(experiments, "SIZES", (8, 16))
+    monkeypatch.setattr(experiments, "STUDY_RANKS", (8, 32))
+    monkeypatch.setattr(experiments, "LEAKY_STORIES", 16)
+    monkeypatch.setattr(experiments, "METHODS", {name: METHODS[name] for name in list(METHODS)[:2]})
+    monkeypatch.setattr(experiments, "FULL_LRS", (1e-3, 1e-2))
+    monkeypatch.setattr(experiments, "LORA_LRS", (1e-2,))
+    monkeypatch.setattr(experiments, "WIDENED", 0)
+    monkeypatch.setattr(experiments, "PARTS_RANK", 8)
     monkeypatch.setattr(runs, "ORDERED", 3)
     return ["--init", str(model_dir), "--data", str(data), "--out", str(tmp_path / "out"), "--steps", "10"]
 
@@ -102,14 +102,14 @@ def test_all_experiments_and_findings_that_hold_and_do_not(toy, tmp_path, monkey
 
     # what is judged is judged whole
     lab = runs.Lab(toy[1], toy[3], out, 10, reproduce.SEEDS)
-    judged = lab.result(reproduce.study_run(lab, "run 4", 1))["eval"]
+    judged = lab.result(experiments.study_run(lab, "run 4", 1))["eval"]
     assert judged["gen_nll"] and judged["lcs"] and "floor" not in judged and len(judged["cases"]) == 8
 
     # other numbers give another verdict: one that is true, one that is false, one that cannot be told
     for name, values in (("run 1", (1.0, 1.01, 1.02)), ("run 2", (1.1, 1.12, 1.12)), ("run 3", (1.2, 1.12, 1.0)),
                          ("run 4", (0.5, 0.43, 0.3))):
         for seed, value in zip(reproduce.SEEDS, values):
-            run = reproduce.study_run(lab, name, seed)
+            run = experiments.study_run(lab, name, seed)
             lab.keep(run, "training", lab.read(run, "training") | {"loss": value})
 
     # the results alone are enough on another machine: nothing is trained there
@@ -231,10 +231,10 @@ def test_a_base_of_a_quarter_of_the_tokens(model_dir, tmp_path, monkeypatch):
     for module, name, value in ((builtin, "STORIES", 60), (builtin, "BOOKS", 60), (builtin, "EXERCISES", 9),
                                 (builtin, "VALIDATION_STORIES", 8), (builtin, "REPLAYED", 9), (runs, "JUDGED", 2),
                                 (pretrain, "BUILTIN_TOKENIZER", 60),
-                                (reproduce, "SIZES", (10, 20)), (reproduce, "SEEDS", (1,))):
+                                (experiments, "SIZES", (10, 20)), (reproduce, "SEEDS", (1,))):
         monkeypatch.setattr(module, name, value)
     builtin.fine_tuning.cache_clear()
-    monkeypatch.setattr(reproduce, "REWARMED", ("--lr", "1e-2", "--warmup", "1", "--max-steps", "3"))
+    monkeypatch.setattr(experiments, "REWARMED", ("--lr", "1e-2", "--warmup", "1", "--max-steps", "3"))
     reproduce.main(["--only", "0,8", "--out", str(tmp_path), "--steps", "2"])
     table = table_of(tmp_path)
     [quarter] = [row for row in table if row["key"] == "pretraining a quarter"]
@@ -288,7 +288,7 @@ def test_runs_keep_their_names_when_the_checkout_moves(model_dir, tmp_path, monk
         (tmp_path / place / "base").symlink_to(model_dir)
         monkeypatch.chdir(tmp_path / place)
         lab = runs.Lab(None, None, "out", 2)
-        [(_, _, pretraining, _)] = reproduce.plan_little_data(lab)
+        [(_, _, pretraining, _)] = experiments.plan_little_data(lab)
         tuning = lab.sft(1e-4, "bf16-true", 1, data=lab.file("pairs", lambda: []))
         names.append([lab.directory(pretraining), lab.directory(tuning)])
     assert names[0] == names[1]
@@ -296,29 +296,29 @@ def test_runs_keep_their_names_when_the_checkout_moves(model_dir, tmp_path, monk
 
 def test_verdicts():
     def verdict(*differences):
-        return reproduce.Finding("", "", list(differences)).verdict()
+        return findings.Finding("", "", list(differences)).verdict()
     assert verdict(0.10, 0.11, 0.12) == "holds" and verdict(-0.10, -0.11, -0.12) == "does not hold"
     assert verdict(0.1, -0.1, 0.05) == "undecided"
     assert verdict(0.1, 0.11) == "undecided" and verdict() == "not run"
     def alike(*differences):
-        return reproduce.Finding("", "", list(differences), within=0.02).verdict()
+        return findings.Finding("", "", list(differences), within=0.02).verdict()
     assert alike(0.010, 0.011, 0.012) == "holds" == alike(0.001, 0.0, -0.001)
     assert alike(0.10, 0.11, 0.12) == "does not hold" == alike(-0.10, -0.11, -0.12)
     assert alike(0.019, 0.02, 0.021) == "undecided" == alike(-0.05, 0.0, 0.05) == alike(0.0)
-    row = reproduce.Finding("", "", [0.10, 0.11, 0.12], share=True).row()
+    row = findings.Finding("", "", [0.10, 0.11, 0.12], share=True).row()
     assert row[2].startswith("+11.0 points [+8.5, ") and row[4] == "holds"
     # 12.706 x 0.01 / sqrt(2) > 0.02, and so on: t(3) 3.182 / sqrt(4) x 0.01 is the first that is not
-    assert reproduce.seeds_needed([0.10, 0.11, 0.12]) == 4 and reproduce.seeds_needed([0.1, 0.2]) is None
-    mean, lo, hi = reproduce.Finding("", "", [1.0, 2.0, 3.0]).interval()
+    assert findings.seeds_needed([0.10, 0.11, 0.12]) == 4 and findings.seeds_needed([0.1, 0.2]) is None
+    mean, lo, hi = findings.Finding("", "", [1.0, 2.0, 3.0]).interval()
     assert (mean, lo, hi) == pytest.approx((2, 2 - 4.30265 / 3 ** 0.5, 2 + 4.30265 / 3 ** 0.5), abs=1e-4)
 
 
 def test_the_leaky_split_leaks_and_ours_does_not(toy, tmp_path):
     lab = runs.Lab(toy[1], toy[3], tmp_path / "out", 2)
-    sides = [{story for _, story in reproduce.leaky(lab, side)} for side in ("train", "val")]
+    sides = [{story for _, story in experiments.leaky(lab, side)} for side in ("train", "val")]
     assert sides[1] and not sides[0] & {story for _, story in lab.pairs[1]}
-    rows = [reproduce.leaky(lab, side) for side in ("train", "val")]
-    assert sorted(rows[0] + rows[1]) == sorted(reproduce.arranged(lab, 16, "all permutations"))
+    rows = [experiments.leaky(lab, side) for side in ("train", "val")]
+    assert sorted(rows[0] + rows[1]) == sorted(experiments.arranged(lab, 16, "all permutations"))
 
 
 # ---- the optimizers ----
@@ -405,7 +405,7 @@ def test_the_sweep_at_toy_size_is_resumed_and_not_run_twice(toy, tmp_path, monke
     reproduce.main(argv)
     assert [p.stat().st_mtime_ns for p in done] == before
     lab = runs.Lab(toy[1], toy[3], out, 3, reproduce.SEEDS)
-    assert reproduce.best_setups(lab) == {"best full": ("full fine-tuning", 0.01), "best LoRA": ("LoRA r=8, q+v", 0.01)}
+    assert experiments.best_setups(lab) == {"best full": ("full fine-tuning", 0.01), "best LoRA": ("LoRA r=8, q+v", 0.01)}
     reproduce.main([*argv, "--steps", "2", "--no-evaluate"])
     assert len(list((out / "runs").glob("*/finished"))) == 10
     assert not any(row["val_loss"] for row in table_of(out))
@@ -428,7 +428,7 @@ def test_the_grid_is_widened_at_its_edges_and_the_shares_follow_from_the_losses(
                                    "device": ""})
 
     monkeypatch.setattr(runs.Lab, "train", train)
-    monkeypatch.setattr(reproduce, "METHODS", METHODS)
+    monkeypatch.setattr(experiments, "METHODS", METHODS)
     reproduce.main(["lora-sweep", "--init", str(model_dir), "--out", str(tmp_path), "--no-evaluate"])
     lrs = {method: {float(row["key"].split()[-1]) for row in table_of(tmp_path) if row["key"].startswith(method)}
            for method in METHODS}
@@ -451,7 +451,7 @@ def test_mistakes(tmp_path, model_dir, refused):
     refused(reproduce.main, ["--out", tmp_path], "line 1 is no result")
     refused(reproduce.main, ["--steps", "0"], "--steps")
     refused(reproduce.main, ["no-sweep"], "no-sweep")
-    refused(reproduce.main, ["--only", "1,9"], "9")
+    refused(reproduce.main, ["--only", "1,10"], "10")
     refused(reproduce.main, ["--only", "1", "--quick"], "--quick")
     refused(reproduce.main, ["lora-sweep", "--only", "1"], "lora-sweep", "--only")
     refused(reproduce.main, ["--preset", "small"], "--init")
