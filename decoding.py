@@ -19,7 +19,7 @@ class Decoder:
 
     def __init__(self, model, rows, slots):
         c = self.config = model.config
-        self.embedding, self.head = model.model.embed_tokens.weight, weights(model.lm_head)
+        self.embedding, self.head = whole(model.model.embed_tokens), weights(model.lm_head)
         self.norm = norm_factors(model.model.norm)
         self.layers = []
         for block in model.model.layers:
@@ -78,12 +78,15 @@ class Decoder:
         self.cache = self.cache[:, :len(rows)]
 
 
+def whole(module):
+    """A module's weight; what an adapter adds is in it."""
+    return (module.weight + module.delta()).to(module.weight.dtype) if hasattr(module, "delta") else module.weight
+
+
 def weights(*linears):
     """The weights of Linears that read the same, side by side, a copy: (in, all their outs), laid out so that the outs
-    of one input are neighbours, which is read faster. An adapter's are added."""
-    parts = [(linear.weight + linear.delta()).to(linear.weight.dtype) if hasattr(linear, "delta") else linear.weight
-             for linear in linears]
-    return torch.cat(parts).T.contiguous()
+    of one input are neighbours, which is read faster."""
+    return torch.cat(list(map(whole, linears))).T.contiguous()
 
 
 def norm_factors(norm):

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) on the Linears of a model, kept in PEFT's format.
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) on the weights of a model, kept in PEFT's format.
 
     add(model, ["q_proj", "v_proj"], r=8, alpha=16)     # freezes the model, puts trainable adapters on these Linears
     save(directory, model)                              # adapter_config.json, adapter_model.safetensors
@@ -77,13 +77,44 @@ class LoRALinear(nn.Module):
         return self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
 
 
+class LoRAEmbedding(nn.Module):
+    """y = W[x] + scale · B A[:, x], with W the Embedding's own, frozen. A (r, V) starts at 0, B (C, r) random, as small
+    as a Linear's lora_A: PEFT's standard normal would make the steps some 20 times as large. Nothing is dropped."""
+
+    def __init__(self, embedding, r, alpha, scaling="lora", dropout=0.0):
+        super().__init__()
+        self.r, self.alpha, self.scaling = r, alpha, scaling
+        self.scale = alpha / (r if scaling == "lora" else math.sqrt(r))
+        self.weight = embedding.weight.requires_grad_(False)
+        V, C = self.weight.shape
+        self.lora_embedding_A = nn.Parameter(self.weight.new_zeros(r, V))
+        self.lora_embedding_B = nn.Parameter(self.weight.new_empty(C, r).uniform_(-(C ** -0.5), C ** -0.5))
+        self.lora_dropout = nn.Dropout(dropout)
+
+    def forward(self, idx):  # (B, T) -> (B, T, C)
+        low = F.embedding(idx, self.lora_embedding_A.T)  # (B, T, r)
+        return F.embedding(idx, self.weight) + self.scale * low @ self.lora_embedding_B.T
+
+    def delta(self):
+        """What the adapter adds to the weight: (V, C), in float32."""
+        return self.scale * (self.lora_embedding_B.float() @ self.lora_embedding_A.float()).T
+
+
+ADAPTED = {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding}
+
+
 def adapters(model):
-    """-> {name of the module: LoRALinear}"""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    """-> {name of the module: LoRALinear or LoRAEmbedding}"""
+    return {name: module for name, module in model.named_modules() if isinstance(module, tuple(ADAPTED.values()))}
+
+
+def own_parameters(module):
+    """-> {name within it, as in PEFT's files: parameter} of what an adapter adds."""
+    return {name: p for name, p in module.named_parameters() if "lora_" in name}
 
 
 def add(model, targets, r, alpha, scaling="lora", dropout=0.0):
-    """Freeze the model and put an adapter on every Linear whose name, or the end of it, is one of `targets`.
+    """Freeze the model; put an adapter on every Linear or Embedding whose name, or the end of it, is one of `targets`.
 
     Raises ValueError for a target that matches nothing, r or alpha that are not positive, r above both dimensions.
     """
@@ -91,21 +122,21 @@ def add(model, targets, r, alpha, scaling="lora", dropout=0.0):
         raise ValueError(f"LoRA needs r of at least 1 and a positive alpha, not r {r}, alpha {alpha}")
     if scaling not in ("lora", "rslora"):
         raise ValueError(f"unknown scaling {scaling!r} (known: lora, rslora)")
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = {name: module for name, module in model.named_modules() if type(module) in ADAPTED}
     chosen = {}
     for target in targets:
-        found = {name: linear for name, linear in linears.items() if f".{name}".endswith(f".{target}")}
+        found = {name: module for name, module in modules.items() if f".{name}".endswith(f".{target}")}
         if not found:
-            known = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            raise ValueError(f"target {target!r} matches no Linear of the model (there are: {', '.join(known)})")
+            known = sorted({name.rsplit(".", 1)[-1] for name in modules})
+            raise ValueError(f"target {target!r} matches nothing of the model (there are: {', '.join(known)})")
         chosen |= found
-    for name, linear in chosen.items():
-        if r > max(linear.weight.shape):
-            raise ValueError(f"r {r} is above both dimensions of {name}, {tuple(linear.weight.shape)}")
+    for name, module in chosen.items():
+        if r > max(module.weight.shape):
+            raise ValueError(f"r {r} is above both dimensions of {name}, {tuple(module.weight.shape)}")
     model.requires_grad_(False)
-    for name, linear in chosen.items():
+    for name, module in chosen.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(linear, r, alpha, scaling, dropout))
+        setattr(model.get_submodule(parent), child, ADAPTED[type(module)](module, r, alpha, scaling, dropout))
 
 
 # ---- files ----
@@ -127,8 +158,8 @@ def save(directory, model, base="", base_fingerprints=None):
               "lora_alpha": one.alpha, "lora_dropout": one.lora_dropout.p, "use_rslora": one.scaling == "rslora",
               "target_modules": sorted({name.rsplit(".", 1)[-1] for name in parts}), "bias": "none",
               "fan_in_fan_out": False, "inference_mode": True}
-    tensors = {f"{PREFIX}{name}.{part}.weight": getattr(module, part).weight.detach().cpu().contiguous()
-               for name, module in parts.items() for part in ("lora_A", "lora_B")}
+    tensors = {f"{PREFIX}{name}.{part}": p.detach().cpu().contiguous()
+               for name, module in parts.items() for part, p in own_parameters(module).items()}
     # one entry only: safetensors writes several in an order that changes from run to run
     metadata = {"base": json.dumps(base_fingerprints or fingerprints(model))}
     directory.mkdir(parents=True, exist_ok=True)
@@ -179,20 +210,22 @@ def load(directory, model, scale=1.0):
         tensor = tensors.pop(name)
         if weight is None or weight.shape != tensor.shape or not torch.equal(weight.to(tensor.dtype), tensor):
             raise ValueError(f"{directory / TENSORS}: {name} is not the weight of this base model")
-    targets = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    if not targets or set(tensors) != {f"{name}.{part}.weight" for name in targets for part in ("lora_A", "lora_B")}:
-        raise ValueError(f"{directory / TENSORS}: not the pairs lora_A, lora_B of an adapter")
+    targets = [key.rpartition(".lora_")[0] for key in tensors if key.endswith((".lora_A.weight", ".lora_embedding_A"))]
+    if not targets:
+        raise ValueError(f"{directory / TENSORS}: has no adapter")
     add(model, targets, r, alpha, "rslora" if rslora else "lora", dropout)
-    for name, module in adapters(model).items():
-        for part in (module.lora_A, module.lora_B):
-            kind = "lora_A" if part is module.lora_A else "lora_B"
-            tensor = tensors[f"{name}.{kind}.weight"]
-            if tensor.shape != part.weight.shape:
-                raise ValueError(f"{directory}: {name}.{kind} is {tuple(tensor.shape)}, but the base model asks for "
-                                 f"{tuple(part.weight.shape)}")
-            if problem := not_weights(tensor):
-                raise ValueError(f"{directory / TENSORS}: {name}.{kind} {problem}")
-            part.weight = nn.Parameter(tensor)  # in the precision of the file, whatever the base's
+    own = {f"{name}.{part}": p for name, module in adapters(model).items()
+           for part, p in own_parameters(module).items()}
+    if set(tensors) != set(own):
+        raise ValueError(f"{directory / TENSORS}: not the pairs A, B of an adapter")
+    for name, p in own.items():
+        if tensors[name].shape != p.shape:
+            raise ValueError(f"{directory}: {name} is {tuple(tensors[name].shape)}, but the base model asks for "
+                             f"{tuple(p.shape)}")
+        if problem := not_weights(tensors[name]):
+            raise ValueError(f"{directory / TENSORS}: {name} {problem}")
+        p.data = tensors[name]  # in the precision of the file, whatever the base's
+    for module in adapters(model).values():
         module.scale *= scale
 
 
@@ -206,10 +239,10 @@ def not_weights(tensor):
 def merged(model):
     """A plain GPT that computes what the adapted model computes; merged in float32, the model stays as it is.
 
-    An adapter on a tied head changes the head and not the embedding, so merging unties them.
+    An adapter on one of a tied head and embedding changes only that one, so merging unties them.
     """
     parts = adapters(model)
-    tied = model.config.tie_embeddings and "lm_head" not in parts
+    tied = model.config.tie_embeddings and not {"lm_head", "model.embed_tokens"} & parts.keys()
     with torch.device("meta"):
         plain = GPT(replace(model.config, tie_embeddings=tied))
     weights = {name: p.detach().clone() for name, p in model.state_dict().items() if "lora_" not in name}
@@ -238,7 +271,7 @@ def parse_args(argv=None):
     flag("--alpha", type=number(float, lambda alpha: 0 < alpha <= 1e30, "is not a positive number up to 1e30"),
          help="what an adapter adds is multiplied by alpha / r (default: 2r)")
     flag("--targets", default="all-linear",
-         help=f"names of Linears (q_proj,v_proj), or {', '.join(TARGETS)} (default: %(default)s)")
+         help=f"names of weights (q_proj,v_proj,embed_tokens), or {', '.join(TARGETS)} (default: %(default)s)")
     flag("--scaling", choices=["lora", "rslora"], default="lora",
          help="rslora: alpha / sqrt(r) instead of alpha / r (default: %(default)s)")
     flag("--dropout", type=fraction, default=0.0, help="on what goes into an adapter (default: %(default)s)")
@@ -257,7 +290,7 @@ def add_from_args(model, args):
     names = dict.fromkeys(name.rsplit(".", 1)[-1] for name in adapters(model))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    print(f"adapters of rank {args.r} on {len(adapters(model))} Linears ({', '.join(names)}): "
+    print(f"adapters of rank {args.r} on {len(adapters(model))} weights ({', '.join(names)}): "
           f"{trainable:,} trainable parameters of {total:,} ({trainable / total:.2%})")
 
 

@@ -600,11 +600,13 @@ def report_fall(lab, results):
 
 PARTS_RANK, PARTS_LRS = 64, {"full": 5e-4, "LoRA": 2e-3}
 MLP = "gate_proj,up_proj,down_proj"
+ALL_LINEAR = f"q_proj,k_proj,v_proj,o_proj,{MLP}"
 PARTS = {  # of full fine-tuning what stays as it is (the head is the embedding), of LoRA its targets
     "full": (), "full, norms frozen": ("norm",), "full, embedding frozen": ("embed_tokens",),
     "full, both frozen": ("embed_tokens", "norm"), "LoRA, all-linear": "all-linear",
-    "LoRA, all-linear and head": f"q_proj,k_proj,v_proj,o_proj,{MLP},lm_head", "LoRA, attention": "attention",
-    "LoRA, MLP": MLP}
+    "LoRA, all-linear and head": f"{ALL_LINEAR},lm_head",
+    "LoRA, all-linear and embedding": f"{ALL_LINEAR},embed_tokens",
+    "LoRA, attention": "attention", "LoRA, MLP": MLP}
 
 def plan_parts(lab):
     for seed in lab.seeds:
@@ -629,8 +631,9 @@ def report_parts(lab, results):
         Finding("(ours) LoRA obeys worse than full fine-tuning of the same Linears",
                 "everything met, both frozen - LoRA",
                 results.differences("full, both frozen", "LoRA, all-linear", "everything"), share=True),
-        Finding("(ours) LoRA obeys better with the head", "everything met, with it - without",
-                results.differences("LoRA, all-linear and head", "LoRA, all-linear", "everything"), share=True),
+        *(Finding(f"(ours) LoRA obeys better with the {more}", "everything met, with it - without",
+                  results.differences(f"LoRA, all-linear and {more}", "LoRA, all-linear", "everything"), share=True)
+          for more in ("head", "embedding")),
     ]
 
 

@@ -405,7 +405,8 @@ def test_the_sweep_at_toy_size_is_resumed_and_not_run_twice(toy, tmp_path, monke
     reproduce.main(argv)
     assert [p.stat().st_mtime_ns for p in done] == before
     lab = runs.Lab(toy[1], toy[3], out, 3, reproduce.SEEDS)
-    assert experiments.best_setups(lab) == {"best full": ("full fine-tuning", 0.01), "best LoRA": ("LoRA r=8, q+v", 0.01)}
+    assert experiments.best_setups(lab) == {"best full": ("full fine-tuning", 0.01),
+                                            "best LoRA": ("LoRA r=8, q+v", 0.01)}
     reproduce.main([*argv, "--steps", "2", "--no-evaluate"])
     assert len(list((out / "runs").glob("*/finished"))) == 10
     assert not any(row["val_loss"] for row in table_of(out))
