@@ -1,4 +1,4 @@
-"""lora.py, the library part: PEFT is the judge. B is random in every test, or it would prove nothing."""
+"""lora.py, the library part: PEFT is the judge. What starts at 0 is random in every test, or it would prove nothing."""
 import json
 import math
 import shutil
@@ -13,10 +13,12 @@ import evaluate
 import lora
 import sample
 from checkpoint import load_model, save_model, save_tokenizer
+from decoding import generate
 from model import GPT, GPTConfig
 
 TOKENIZER_FILES = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ONCE = {"embed_tokens", "lm_head"}  # a model has one of each
 
 
 def random_model(config, seed=0):
@@ -32,7 +34,8 @@ def study_config(vocab_size, **changes):
 def randomise(model, seed=1):
     torch.manual_seed(seed)
     for module in lora.adapters(model).values():
-        torch.nn.init.normal_(module.lora_B.weight, std=0.1)
+        zero = module.lora_embedding_A if isinstance(module, lora.LoRAEmbedding) else module.lora_B.weight
+        torch.nn.init.normal_(zero, std=0.1)
     return model
 
 
@@ -45,10 +48,11 @@ def adapted(config, targets=ALL, r=4, alpha=8, **options):
 IDX = torch.arange(3, 27).view(2, 12)
 
 
-@pytest.mark.parametrize("scaling", ["lora", "rslora"])
-def test_ours_in_peft(tok, tmp_path, scaling):
+@pytest.mark.parametrize("scaling, targets", [("lora", ALL), ("rslora", ALL), ("rslora", [*ALL, "embed_tokens"])])
+def test_ours_in_peft(tok, tmp_path, scaling, targets):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    model = adapted(study_config(tok.vocab_size), r=8, alpha=16, scaling=scaling)
+    tied = "embed_tokens" not in targets  # peft, merging, changes the tied head as well
+    model = adapted(study_config(tok.vocab_size, tie_embeddings=tied), targets, r=8, alpha=16, scaling=scaling)
     save_model(tmp_path / "base", random_model(model.config), tok)
     lora.save(tmp_path / "adapter", model, tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
@@ -61,7 +65,8 @@ def test_ours_in_peft(tok, tmp_path, scaling):
 
 @pytest.mark.parametrize("targets, r, rslora, tied", [
     (["q_proj", "v_proj"], 4, False, True), (ALL, 16, False, True), (ALL, 8, True, True),
-    (["lm_head", "q_proj"], 8, False, False), (["lm_head"], 4, False, True)])
+    (["lm_head", "q_proj"], 8, False, False), (["lm_head"], 4, False, True),
+    (["embed_tokens", "q_proj"], 8, True, False), (["embed_tokens"], 4, False, True)])
 def test_theirs_here(tok, tmp_path, targets, r, rslora, tied):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     save_model(tmp_path / "base", random_model(study_config(tok.vocab_size, tie_embeddings=tied)), tok)
@@ -70,14 +75,12 @@ def test_theirs_here(tok, tmp_path, targets, r, rslora, tied):
                                                        task_type="CAUSAL_LM", init_lora_weights=False)).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     model, _ = load_model(tmp_path / "base", tmp_path / "adapter")
-    head = "lm_head" in targets
-    assert len(lora.adapters(model)) == head + (len(targets) - head) * model.config.n_layer
+    once = ONCE & set(targets)
+    assert len(lora.adapters(model)) == len(once) + (len(targets) - len(once)) * model.config.n_layer
     assert torch.allclose(model.eval()(IDX), theirs(IDX).logits, atol=1e-5)
-    if head:  # peft stores the head's own weight, too: it must be this base's
-        with torch.no_grad():
-            model.lm_head.weight.add_(1)
+    if once:  # peft stores the own weight of head and embedding, too: it must be this base's
         other = random_model(model.config, seed=2)
-        with pytest.raises(ValueError, match="lm_head.base_layer.weight is not the weight of this base"):
+        with pytest.raises(ValueError, match=f"{min(once)}.base_layer.weight is not the weight of this base"):
             lora.load(tmp_path / "adapter", other)
 
 
@@ -104,12 +107,17 @@ def test_the_base_stays_and_the_adapter_alone_is_saved(tok, tmp_path):
     assert torch.equal(half(IDX), base(IDX))
 
 
-def test_a_tied_head_is_untied_by_merging(tok):
-    model = adapted(study_config(tok.vocab_size), ["lm_head", "q_proj"])
-    embedding = model.model.embed_tokens.weight.clone()
+@pytest.mark.parametrize("target, other", [("lm_head", "embed_tokens"), ("embed_tokens", "lm_head")])
+def test_a_tied_head_is_untied_by_merging(tok, target, other):
+    model = adapted(study_config(tok.vocab_size), [target, "q_proj"])
+    weight = model.lm_head.weight.clone()  # the embedding's, too
     plain = lora.merged(model)
-    assert not plain.config.tie_embeddings and torch.equal(plain.model.embed_tokens.weight, embedding)
+    after = {"lm_head": plain.lm_head.weight, "embed_tokens": plain.model.embed_tokens.weight}
+    assert not plain.config.tie_embeddings and torch.equal(after[other], weight)
+    assert not torch.equal(after[target], weight)
     assert torch.allclose(plain(IDX), model(IDX), atol=1e-5)
+    stories = [generate(m, IDX.tolist(), 20, temperature=0) for m in (model, plain)]
+    assert stories[0] == stories[1]
     assert lora.merged(adapted(model.config)).config.tie_embeddings
 
 
@@ -185,7 +193,7 @@ def test_sample_and_evaluate_take_an_adapter(model_dir, pairs_file, tmp_path, ca
 
 def test_one_step_has_the_gradients_of_peft(tok, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    model = adapted(study_config(tok.vocab_size), r=8, alpha=16).train()
+    model = adapted(study_config(tok.vocab_size), [*ALL, "embed_tokens"], r=8, alpha=16).train()
     save_model(tmp_path / "base", random_model(model.config), tok)
     lora.save(tmp_path / "adapter", model, tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
@@ -196,7 +204,7 @@ def test_one_step_has_the_gradients_of_peft(tok, tmp_path):
     expected = {name.replace(".default", "").removeprefix(lora.PREFIX): p.grad
                 for name, p in theirs.named_parameters() if p.requires_grad}
     ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert set(ours) == set(expected) and len(ours) == 2 * 7 * model.config.n_layer
+    assert set(ours) == set(expected) and len(ours) == 2 * (7 * model.config.n_layer + 1)
     for name, grad in ours.items():
         torch.testing.assert_close(grad, expected[name], atol=1e-4, rtol=1e-3)
         assert grad.abs().max() > 1e-4
@@ -209,7 +217,8 @@ def settings(model_dir, pairs_file, out, *more):
 
 
 @pytest.mark.parametrize("more", [[], ["--dtype", "bf16-mixed", "--dropout", "0.2"],
-                                  ["--dtype", "bf16-true", "--targets", "study", "--scaling", "rslora"]])
+                                  ["--dtype", "bf16-true", "--targets", "study", "--scaling", "rslora"],
+                                  ["--targets", "q_proj,embed_tokens"]])
 def test_an_adapter_is_trained_and_resumed_bit_for_bit(model_dir, pairs_file, tmp_path, monkeypatch, capsys, more):
     monkeypatch.setattr("common.has_bf16", lambda device: True)
     before = {p.name: p.read_bytes() for p in model_dir.iterdir()}
@@ -249,7 +258,7 @@ def test_an_adapter_is_trained_and_resumed_bit_for_bit(model_dir, pairs_file, tm
     lora.load(out, model)
     near = 1e-3 if plain.config.tie_embeddings else 1e-2
     assert torch.allclose(plain.float()(IDX), model.float().eval()(IDX), atol=near)
-    assert plain.config.tie_embeddings == ("study" not in more)
+    assert plain.config.tie_embeddings == (not {"study", "q_proj,embed_tokens"} & set(more))
     written = json.loads((tmp_path / "merged/config.json").read_text())
     assert written["tie_word_embeddings"] == plain.config.tie_embeddings
 
