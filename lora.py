@@ -258,8 +258,8 @@ def merged(model):
 # ---- the command: python lora.py --r 8 --alpha 16, python lora.py merge ADAPTER --init DIR --out DIR ----
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-TARGETS = {"attention": ATTENTION, "all-linear": [*ATTENTION, "gate_proj", "up_proj", "down_proj"],
-           "study": [*ATTENTION, "lm_head"]}
+MLP = ["gate_proj", "up_proj", "down_proj"]
+TARGETS = {"attention": ATTENTION, "mlp": MLP, "all-linear": ATTENTION + MLP, "study": [*ATTENTION, "lm_head"]}
 
 
 def parse_args(argv=None):
@@ -270,8 +270,9 @@ def parse_args(argv=None):
     flag("--r", type=positive(int), default=8, help="rank (default: %(default)s)")
     flag("--alpha", type=number(float, lambda alpha: 0 < alpha <= 1e30, "is not a positive number up to 1e30"),
          help="what an adapter adds is multiplied by alpha / r (default: 2r)")
-    flag("--targets", default="all-linear",
-         help=f"names of weights (q_proj,v_proj,embed_tokens), or {', '.join(TARGETS)} (default: %(default)s)")
+    # without the embedding an adapter of any rank copies much less of what is asked (docs/study/README.md)
+    flag("--targets", default="all-linear,embed_tokens",
+         help=f"names of weights (q_proj,v_proj), or {', '.join(TARGETS)} (default: %(default)s)")
     flag("--scaling", choices=["lora", "rslora"], default="lora",
          help="rslora: alpha / sqrt(r) instead of alpha / r (default: %(default)s)")
     flag("--dropout", type=fraction, default=0.0, help="on what goes into an adapter (default: %(default)s)")
@@ -286,7 +287,8 @@ def parse_args(argv=None):
 def add_from_args(model, args):
     """Put the adapters that the flags ask for on the model and print what they are."""
     alpha = int(args.alpha) if args.alpha.is_integer() else args.alpha
-    add(model, TARGETS.get(args.targets, args.targets.split(",")), args.r, alpha, args.scaling, args.dropout)
+    targets = [name for target in args.targets.split(",") for name in TARGETS.get(target, [target])]
+    add(model, targets, args.r, alpha, args.scaling, args.dropout)
     names = dict.fromkeys(name.rsplit(".", 1)[-1] for name in adapters(model))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())

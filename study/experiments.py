@@ -148,8 +148,12 @@ def report_four_runs(lab, results):
 
 # ---- 7: what LoRA needs to reach full fine-tuning ----
 
-METHODS = {"full fine-tuning": None, "LoRA r=8, q+v": (8, "q_proj,v_proj"),  # rank, targets
-           **{f"LoRA r={r}, {targets}": (r, targets) for r in (8, 64, 256) for targets in ("study", "all-linear")}}
+METHODS = {  # rank and targets
+    "full fine-tuning": None, "LoRA r=8, q+v": (8, "q_proj,v_proj"),
+    "LoRA r=8, study": (8, "study"), "LoRA r=256, study": (256, "study"),
+    "LoRA r=8, all-linear": (8, "all-linear"), "LoRA r=64, all-linear": (64, "all-linear"),
+    "LoRA r=8, all-linear and embedding": (8, "all-linear,embed_tokens"),
+    "LoRA r=64, all-linear and embedding": (64, "all-linear,embed_tokens")}
 SWEEP_DTYPE = "bf16-mixed"
 FULL_LRS, LORA_LRS = (1e-4, 5e-4, 2e-3), (2e-3, 5e-3)
 FACTOR, WIDENED = 2.5, 2  # a best learning rate at the edge of its grid: further ones, so many times at most
@@ -599,14 +603,11 @@ def report_fall(lab, results):
 # ---- 9: which weights copying needs ----
 
 PARTS_RANK, PARTS_LRS = 64, {"full": 5e-4, "LoRA": 2e-3}
-MLP = "gate_proj,up_proj,down_proj"
-ALL_LINEAR = f"q_proj,k_proj,v_proj,o_proj,{MLP}"
 PARTS = {  # of full fine-tuning what stays as it is (the head is the embedding), of LoRA its targets
     "full": (), "full, norms frozen": ("norm",), "full, embedding frozen": ("embed_tokens",),
     "full, both frozen": ("embed_tokens", "norm"), "LoRA, all-linear": "all-linear",
-    "LoRA, all-linear and head": f"{ALL_LINEAR},lm_head",
-    "LoRA, all-linear and embedding": f"{ALL_LINEAR},embed_tokens",
-    "LoRA, attention": "attention", "LoRA, MLP": MLP}
+    "LoRA, all-linear and head": "all-linear,lm_head", "LoRA, all-linear and embedding": "all-linear,embed_tokens",
+    "LoRA, attention": "attention", "LoRA, MLP": "mlp"}
 
 def plan_parts(lab):
     for seed in lab.seeds:
