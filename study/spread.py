@@ -5,7 +5,8 @@ all of them the same, and Adam, which divides a gradient by its size, makes larg
 2019, arXiv 1907.12009; Stollenwerk and Stollenwerk 2025, arXiv 2502.08441). Where head and embedding are one matrix, a
 model that copies then takes 播 for 忆. So each embedding is split into its part along the mean of all, which says how
 rare the piece is, and a rest, which says what piece it is. A rest that is shorter than that of three quarters of the
-pieces is lengthened to it.
+pieces is lengthened to it. Pieces that the corpus never has end up with one and the same rest, however long: theirs are
+drawn at random. The keys of instructions are among them, and where they cannot be told apart no instruction can be.
 """
 import sys
 from pathlib import Path
@@ -15,19 +16,25 @@ sys.path.insert(0, str(ROOT))
 
 from common import command_line, fail, new_directory  # noqa: E402
 
+import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from checkpoint import load_model, save_model  # noqa: E402
 
+SAME = 0.99  # cosine of two rests that are one
 
-def spread(embeddings):
-    """(V, C) -> (V, C), float32: every rest at least as long as the upper quartile."""
+
+def spread(embeddings, seed=1337):
+    """(V, C) -> (V, C), float32: no two rests the same, every one at least as long as the upper quartile."""
     embeddings = embeddings.float()
     mean = F.normalize(embeddings.mean(0), dim=0)         # (C,)
     along = (embeddings @ mean)[:, None] * mean           # (V, C)
     rest = embeddings - along
-    length = rest.norm(dim=1, keepdim=True)               # (V, 1)
-    return along + rest * (length.quantile(0.75) / length.clamp(min=1e-8)).clamp(min=1.0)
+    usual = rest.norm(dim=1).quantile(0.75)
+    drawn = torch.randn(rest.shape, generator=torch.Generator().manual_seed(seed)).to(rest)
+    drawn = F.normalize(drawn - (drawn @ mean)[:, None] * mean, dim=1) * usual
+    rest = torch.where((nearest(rest) > SAME)[:, None], drawn, rest)
+    return along + rest * (usual / rest.norm(dim=1, keepdim=True).clamp(min=1e-8)).clamp(min=1.0)
 
 
 def nearest(embeddings):
