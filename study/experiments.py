@@ -5,18 +5,23 @@ An experiment is two functions: `plan_…` yields what it needs, as (name, seed,
 there already: it is asked again after each run.
 """
 import functools
+import itertools
 import math
 import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.nn.functional as F
+
 import figures
-from constraints import parse, permutations, render
+from checkpoint import gpt_config, load_model
+from constraints import KEYS, parse, permutations, render
 from data import generate
 from data.builtin import SEEDS as BUILTIN_SEEDS
 from records import story_hash
 from study import report, runs
+from study import spread as spreading
 from study.findings import MARGIN, SEEDS, Finding, Results, measures_of, measures_table, seeds_needed, spread
 from study.runs import Mix, Run
 
@@ -600,7 +605,7 @@ def report_fall(lab, results):
                     results.differences((name, 1), (name, 2))))]
 
 
-# ---- 9: which weights copying needs ----
+# ---- 9: what LoRA lacks ----
 
 PARTS_RANK, PARTS_LRS = 64, {"full": 5e-4, "LoRA": 2e-3}
 PARTS = {  # of full fine-tuning what stays as it is (the head is the embedding), of LoRA its targets
@@ -608,22 +613,48 @@ PARTS = {  # of full fine-tuning what stays as it is (the head is the embedding)
     "full, both frozen": ("embed_tokens", "norm"), "LoRA, all-linear": "all-linear",
     "LoRA, all-linear and head": "all-linear,lm_head", "LoRA, all-linear and embedding": "all-linear,embed_tokens",
     "LoRA, attention": "attention", "LoRA, MLP": "mlp"}
+SPREAD = ("full", "LoRA, all-linear")  # from a base whose pieces are told apart, too
+
+
+def spread_base(lab):
+    """The path of --init with all its pieces told apart by study/spread.py, which is run before the first run needs
+    it."""
+    path = lab.out / "data" / "spread"
+    lab.makers[path] = lambda: path.exists() or spreading.main([str(lab.init), str(path)])
+    return path
+
 
 def plan_parts(lab):
+    tied = gpt_config(lab.init / "config.json").tie_embeddings  # else there is no one weight to spread
     for seed in lab.seeds:
-        for name, parts in PARTS.items():
-            lr = PARTS_LRS[name.split(",")[0]]
-            if isinstance(parts, str):
-                program = ("lora.py", "--r", PARTS_RANK, "--alpha", 2 * PARTS_RANK, "--targets", parts)
-                yield name, seed, lab.sft(lr, SWEEP_DTYPE, seed, program=program), "eval"
-            else:
-                yield name, seed, lab.sft(lr, SWEEP_DTYPE, seed, frozen=parts), "eval"
+        for base in ("", ", spread base") if tied else ("",):
+            for name in SPREAD if base else PARTS:
+                parts, lr = PARTS[name], PARTS_LRS[name.split(",")[0]]
+                more = ["--init", spread_base(lab)] if base else []
+                if isinstance(parts, str):
+                    program = ("lora.py", "--r", PARTS_RANK, "--alpha", 2 * PARTS_RANK, "--targets", parts)
+                    run = lab.sft(lr, SWEEP_DTYPE, seed, *more, program=program)
+                else:
+                    run = lab.sft(lr, SWEEP_DTYPE, seed, *more, frozen=parts)
+                yield name + base, seed, run, "eval"
+
+
+def key_pieces(lab):
+    """A sentence about the pieces of the prompt that the base cannot tell apart."""
+    model, tokenizer = load_model(lab.init)
+    weight = model.model.embed_tokens.weight
+    keys = {key: ids[0] for key in KEYS if len(ids := tokenizer.encode(key)) == 1}
+    return "" if len(keys) < 2 else "Cosines of the base's embeddings of " + ", ".join(
+        f"{a} and {b} {F.cosine_similarity(*weight[[keys[a], keys[b]]].float(), dim=0):.4f}"
+        for a, b in itertools.combinations(keys, 2)) + "."
 
 
 def report_parts(lab, results):
     return [
         f"{SWEEP_DTYPE}, decay 1; full at {PARTS_LRS['full']:g}, LoRA r={PARTS_RANK} at {PARTS_LRS['LoRA']:g}. With "
-        "both frozen, norms and embedding (which is the head as well), full fine-tuning trains what all-linear adapts.",
+        "both frozen, norms and embedding (which is the head as well), full fine-tuning trains what all-linear adapts. "
+        "Spread base: study/spread.py told apart the pieces that its corpus never had, the prompt's keys among them.",
+        key_pieces(lab),
         measures_table(results, "trained"),
     ], [
         *(Finding(f"(ours) with {parts} frozen full fine-tuning obeys worse", "everything met, all trained - frozen",
@@ -635,6 +666,13 @@ def report_parts(lab, results):
         *(Finding(f"(ours) LoRA obeys better with the {more}", "everything met, with it - without",
                   results.differences(f"LoRA, all-linear and {more}", "LoRA, all-linear", "everything"), share=True)
           for more in ("head", "embedding")),
+        Finding("(ours) LoRA obeys better from a base that tells the keys apart", "everything met, spread base - base",
+                results.differences("LoRA, all-linear, spread base", "LoRA, all-linear", "everything"), share=True),
+        *(Finding(f"(ours) LoRA {what} obeys as well as full, within {MARGIN * 100:g} points",
+                  "everything met, full - LoRA", results.differences(full, of, "everything"), share=True, within=MARGIN)
+          for what, full, of in (
+              ("with the embedding", "full", "LoRA, all-linear and embedding"),
+              ("from such a base", "full, spread base", "LoRA, all-linear, spread base"))),
     ]
 
 
@@ -657,5 +695,5 @@ EXPERIMENTS = {  # in the order in which they are run: what the others build on 
     5: Experiment("Weight averaging", plan_averages, report_averages),
     6: Experiment("The leak", plan_leak, report_leak),
     8: Experiment("The faster fall, from a base whose learning rate has fallen", plan_fall, report_fall),
-    9: Experiment("Which weights copying needs", plan_parts, report_parts),
+    9: Experiment("What LoRA lacks", plan_parts, report_parts),
 }

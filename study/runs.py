@@ -346,7 +346,8 @@ class Lab:
             model, tokenizer = load_model(self.init)
             interpolate(model, self.load(run.of)[0], run.share)
         elif run.argv[0] == "lora.py":
-            model, tokenizer = load_model(self.init, adapter=self.directory(run) / "model")
+            inits = [path for flag, path in zip(run.argv, run.argv[1:]) if flag == "--init"]  # the last one counts
+            model, tokenizer = load_model([self.init, *inits][-1], adapter=self.directory(run) / "model")
         else:
             model, tokenizer = load_model(self.directory(run) / "model")
         return model.float().to(pick_device(None)).eval(), tokenizer
