@@ -278,7 +278,7 @@ def parse_args(argv=None):
     flag("--dropout", type=fraction, default=0.0, help="on what goes into an adapter (default: %(default)s)")
     flag("--dry-run", action="store_true", help="only count the parameters")
     flag("--preset", choices=PRESETS, help="with --dry-run: of a new model of this geometry, without a base")
-    parser.set_defaults(out=Path("out/lora"))
+    parser.set_defaults(out=Path("out/lora"), lr=2e-3)  # low ranks want more than full fine-tuning's 5e-4
     args = parse(parser, argv, fixed=("init", "r", "alpha", "targets", "scaling", "dropout"))
     args.alpha = args.alpha or 2.0 * args.r
     return args
