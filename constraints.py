@@ -255,7 +255,7 @@ def clauses_told(summary, story):
 
 QUOTED = re.compile(r"“([^“”]+)”|「([^「」]+)」|『([^『』]+)』|\"([^\"]+)\"")
 # real text closes what it opens carelessly, but there is something between
-INTRODUCED = re.compile(r"(?:[：:]\s*[“”「『\"]|[说道问喊答]\s*[“「『\"])(?=\s*[^\s“”「」『』\"])")
+INTRODUCED = re.compile(r"(?:[：:]\s*[“”「『\"]|[说道问喊答]\s*[“「『\"])(?=[\s“「『]*[^\s“”「」『』\"])")
 SPEECH_END = tuple("。！？!?…，,～~—.")
 
 

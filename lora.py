@@ -79,7 +79,7 @@ class LoRALinear(nn.Module):
 
 class LoRAEmbedding(nn.Module):
     """y = W[x] + scale · B A[:, x], with W the Embedding's own, frozen. A (r, V) starts at 0, B (C, r) random, as small
-    as a Linear's lora_A: PEFT's standard normal would make the steps some 20 times as large. Nothing is dropped."""
+    as a Linear's lora_A: PEFT's standard normal would make the steps sqrt(3 C) times as large. Nothing is dropped."""
 
     def __init__(self, embedding, r, alpha, scaling="lora", dropout=0.0):
         super().__init__()
@@ -270,12 +270,13 @@ def parse_args(argv=None):
     flag("--r", type=positive(int), default=8, help="rank (default: %(default)s)")
     flag("--alpha", type=number(float, lambda alpha: 0 < alpha <= 1e30, "is not a positive number up to 1e30"),
          help="what an adapter adds is multiplied by alpha / r (default: 2r)")
-    # without the embedding an adapter of any rank copies much less of what is asked (docs/study/README.md)
+    # a base that never read the prompt's keys cannot tell them apart: its embedding learns to (docs/study/README.md)
     flag("--targets", default="all-linear,embed_tokens",
          help=f"names of weights (q_proj,v_proj), or {', '.join(TARGETS)} (default: %(default)s)")
     flag("--scaling", choices=["lora", "rslora"], default="lora",
          help="rslora: alpha / sqrt(r) instead of alpha / r (default: %(default)s)")
-    flag("--dropout", type=fraction, default=0.0, help="on what goes into an adapter (default: %(default)s)")
+    flag("--dropout", type=fraction, default=0.0,
+         help="on what goes into an adapter of a Linear (default: %(default)s)")
     flag("--dry-run", action="store_true", help="only count the parameters")
     flag("--preset", choices=PRESETS, help="with --dry-run: of a new model of this geometry, without a base")
     parser.set_defaults(out=Path("out/lora"), lr=2e-3)  # low ranks want more than full fine-tuning's 5e-4

@@ -108,7 +108,8 @@ def refuse_handwritten(rows, path):
     """Raise ValueError if some of the rows, read from `path` to train on, have a sentence or a summary of a handwritten
     instruction. (A feature or a word can be anyone's.)"""
     def texts(rows):
-        return {row["constraints"][key] for row in rows for key in (SENTENCE, SUMMARY) if key in row["constraints"]}
+        found = (row["constraints"].get(key) for row in rows for key in (SENTENCE, SUMMARY))
+        return set(map(fold, filter(None, found)))
     if again := texts(rows) & texts(read_rows(HANDWRITTEN)):
         raise ValueError(f"{path}: {min(again)!r} is of {HANDWRITTEN.name}, by which models are judged")
 

@@ -12,18 +12,20 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import new_directory
+
 import torch.nn.functional as F
 
 import figures
-from checkpoint import gpt_config, load_model
+from checkpoint import gpt_config, load_model, save_model
 from constraints import KEYS, parse, permutations, render
 from data import generate
 from data.builtin import SEEDS as BUILTIN_SEEDS
 from records import story_hash
 from study import report, runs
-from study import spread as spreading
-from study.findings import MARGIN, SEEDS, Finding, Results, measures_of, measures_table, seeds_needed, spread
+from study.findings import MARGIN, SEEDS, Finding, Results, mean_and_range, measures_of, measures_table, seeds_needed
 from study.runs import Mix, Run
+from study.spread import spread
 
 
 def collect(lab, number):
@@ -227,7 +229,7 @@ def report_sweep(lab, results):
         recovered = [(base - loss) / (base - best) for loss, best in losses if None not in (loss, best)]
         rows.append([method, f"{lr:g}" + ("" if best else f" of {len(tried)} tried"), results.count(name),
                      f"{results.mean(name):.4f}", f"{results.mean(name) / results.mean(full) - 1:.1%}",
-                     spread(recovered, "{:.1%}"), results.cell(name, "everything", "{:.1%}"),
+                     mean_and_range(recovered, "{:.1%}"), results.cell(name, "everything", "{:.1%}"),
                      results.cell(name, "plain_nll")])
     ends = [lr for points in lines.values() for lr, _ in points[:1] + points[-1:]]
     report.draw_lines(lines | {"base": [(min(ends), base), (max(ends), base)] if ends else []},
@@ -357,9 +359,10 @@ def report_constraints(lab, results):
             "alone; for all of k, alone is the product of the single outcomes. Paired by instruction, in points; mean, "
             "and the least and the most of the seeds.",
             report.table(["", "n", "together", "alone", "difference", "seeds"], [[
-                name, pairs[0][name]["n"], *(spread([pair[name][side] for pair in pairs], "{:.1%}")
+                name, pairs[0][name]["n"], *(mean_and_range([pair[name][side] for pair in pairs], "{:.1%}")
                                              for side in ("together", "alone")),
-                spread([pair[name]["rate"] * 100 for pair in pairs], "{:+.1f}"), len(pairs)] for name in kinds]),
+                mean_and_range([pair[name]["rate"] * 100 for pair in pairs], "{:+.1f}"), len(pairs)]
+                for name in kinds]),
         ]
     if firsts:
         blocks.append(report.stories({name: results[name, SEEDS[0]]["cases"] for name in firsts.values()}))
@@ -607,53 +610,66 @@ def report_fall(lab, results):
 
 # ---- 9: what LoRA lacks ----
 
-PARTS_RANK, PARTS_LRS = 64, {"full": 5e-4, "LoRA": 2e-3}
-PARTS = {  # of full fine-tuning what stays as it is (the head is the embedding), of LoRA its targets
-    "full": (), "full, norms frozen": ("norm",), "full, embedding frozen": ("embed_tokens",),
-    "full, both frozen": ("embed_tokens", "norm"), "LoRA, all-linear": "all-linear",
-    "LoRA, all-linear and head": "all-linear,lm_head", "LoRA, all-linear and embedding": "all-linear,embed_tokens",
-    "LoRA, attention": "attention", "LoRA, MLP": "mlp"}
-SPREAD = ("full", "LoRA, all-linear")  # from a base whose pieces are told apart, too
+FULL_LR, LORA_LR, LORA_RANK = 5e-4, 2e-3, 64
+FROZEN = {"full": (), "full, norms frozen": ("norm",), "full, embedding frozen": ("embed_tokens",),
+          "full, both frozen": ("embed_tokens", "norm")}
+ADAPTED = {"LoRA, all-linear": "all-linear", "LoRA, all-linear and head": "all-linear,lm_head",
+           "LoRA, all-linear and embedding": "all-linear,embed_tokens", "LoRA, attention": "attention",
+           "LoRA, MLP": "mlp"}
+
+
+def is_tied(lab):
+    return gpt_config(lab.init / "config.json").tie_embeddings
 
 
 def spread_base(lab):
-    """The path of --init with all its pieces told apart by study/spread.py, which is run before the first run needs
-    it."""
+    """The path of --init with all its pieces told apart by study/spread.py; it is made when the first run needs it."""
+    def make():
+        model, tokenizer = load_model(lab.init)
+        weight = model.lm_head.weight.data
+        weight.copy_(spread(weight))
+        with new_directory(path) as work:
+            save_model(work, model, tokenizer)
     path = lab.out / "data" / "spread"
-    lab.makers[path] = lambda: path.exists() or spreading.main([str(lab.init), str(path)])
+    lab.makers.setdefault(path, functools.cache(make))  # anew in each process, once
     return path
 
 
 def plan_parts(lab):
-    tied = gpt_config(lab.init / "config.json").tie_embeddings  # else there is no one weight to spread
+    if not is_tied(lab):  # else a frozen embedding is another experiment, and there is no one weight to spread
+        return
+
+    def adapted(seed, targets, *more):
+        program = ("lora.py", "--r", LORA_RANK, "--alpha", 2 * LORA_RANK, "--targets", targets)
+        return lab.sft(LORA_LR, SWEEP_DTYPE, seed, *more, program=program)
+
     for seed in lab.seeds:
-        for base in ("", ", spread base") if tied else ("",):
-            for name in SPREAD if base else PARTS:
-                parts, lr = PARTS[name], PARTS_LRS[name.split(",")[0]]
-                more = ["--init", spread_base(lab)] if base else []
-                if isinstance(parts, str):
-                    program = ("lora.py", "--r", PARTS_RANK, "--alpha", 2 * PARTS_RANK, "--targets", parts)
-                    run = lab.sft(lr, SWEEP_DTYPE, seed, *more, program=program)
-                else:
-                    run = lab.sft(lr, SWEEP_DTYPE, seed, *more, frozen=parts)
-                yield name + base, seed, run, "eval"
+        for name, frozen in FROZEN.items():
+            yield name, seed, lab.sft(FULL_LR, SWEEP_DTYPE, seed, frozen=frozen), "eval"
+        for name, targets in ADAPTED.items():
+            yield name, seed, adapted(seed, targets), "eval"
+        init = ["--init", spread_base(lab)]
+        yield "full, spread base", seed, lab.sft(FULL_LR, SWEEP_DTYPE, seed, *init), "eval"
+        yield "LoRA, all-linear, spread base", seed, adapted(seed, "all-linear", *init), "eval"
 
 
 def key_pieces(lab):
-    """A sentence about the pieces of the prompt that the base cannot tell apart."""
+    """A sentence: how alike are the base's embeddings of the prompt's keys?"""
     model, tokenizer = load_model(lab.init)
-    weight = model.model.embed_tokens.weight
     keys = {key: ids[0] for key in KEYS if len(ids := tokenizer.encode(key)) == 1}
-    return "" if len(keys) < 2 else "Cosines of the base's embeddings of " + ", ".join(
-        f"{a} and {b} {F.cosine_similarity(*weight[[keys[a], keys[b]]].float(), dim=0):.4f}"
-        for a, b in itertools.combinations(keys, 2)) + "."
+    pairs = [(a, b, F.cosine_similarity(*model.lm_head.weight[[keys[a], keys[b]]].float(), dim=0))
+             for a, b in itertools.combinations(keys, 2)]
+    return "Cosines of the base's embeddings of the keys: " + (", ".join(
+        f"{a} and {b} {cosine:.4f}" for a, b, cosine in pairs) or "none is a single piece") + "."
 
 
 def report_parts(lab, results):
+    if not is_tied(lab):
+        return ["Only where head and embedding are one matrix."], []
     return [
-        f"{SWEEP_DTYPE}, decay 1; full at {PARTS_LRS['full']:g}, LoRA r={PARTS_RANK} at {PARTS_LRS['LoRA']:g}. With "
-        "both frozen, norms and embedding (which is the head as well), full fine-tuning trains what all-linear adapts. "
-        "Spread base: study/spread.py told apart the pieces that its corpus never had, the prompt's keys among them.",
+        f"{SWEEP_DTYPE}, decay 1; full at {FULL_LR:g}, LoRA r={LORA_RANK} at {LORA_LR:g}. With both frozen, norms and "
+        "embedding (which is the head as well), full fine-tuning trains what all-linear adapts. Spread base: "
+        "study/spread.py told apart the pieces that its corpus never had, the prompt's keys among them.",
         key_pieces(lab),
         measures_table(results, "trained"),
     ], [

@@ -28,13 +28,13 @@ class Results(dict):
 
     def cell(self, name, measure="loss", form="{:.4f}"):
         """Mean over the seeds, and the least and the most, as text."""
-        return spread(self.per_seed(name, measure), form)
+        return mean_and_range(self.per_seed(name, measure), form)
 
     def count(self, name, measure="loss"):
         return len(self.per_seed(name, measure))
 
 
-def spread(values, form):
+def mean_and_range(values, form):
     if not values:
         return "–"
     mean, least, most = (form.format(of(values)) for of in (statistics.fmean, min, max))

@@ -43,8 +43,8 @@ ORDERED, ORDERS = 120, 6       # instructions that are given in several orders o
 
 @dataclass(frozen=True)
 class Run:
-    """argv: a training command as a user would type it, without --out. optimizer: one of OPTIMIZERS. frozen: what the
-    names of parameters contain that stay as they are."""
+    """argv: a training command as a user would type it, without --out. optimizer: one of OPTIMIZERS. frozen:
+    parameters whose names contain one of these are not trained."""
     argv: tuple
     optimizer: str = "AdamW"
     frozen: tuple = ()
@@ -307,7 +307,7 @@ class Lab:
         self.finish(run, directory, failed, time.perf_counter() - start)
 
     def optimizer(self, run, model, *settings):
-        """As train_sft's make_optimizer."""
+        """As train_sft's make_optimizer. What the run leaves as it is loses its requires_grad."""
         for name, p in model.named_parameters():
             p.requires_grad_(not any(part in name for part in run.frozen))
         cls = functools.partial(OPTIMIZERS[run.optimizer], horizon=max(1.0, EMA_HORIZON * self.steps))
@@ -328,9 +328,9 @@ class Lab:
             if "counted" in first:
                 result["unchanged"] = first["unchanged"] / first["counted"]
             averages = [state["optimizer"]["state"][i].get("ema") for i in range(len(state["optimizer"]["state"]))]
-            if not run.frozen and all(a is not None for a in averages):
-                params = sorted(tuned.parameters(), key=lambda p: p.dim() < 2)  # as `train` groups them
-                for p, average in zip(params, averages):
+            if all(a is not None for a in averages):
+                groups = self.optimizer(run, tuned).param_groups  # in the order of the saved state
+                for p, average in zip((p for group in groups for p in group["params"]), averages, strict=True):
                     p.data = average
                 save_model(directory / "ema", tuned, tokenizer)
         (directory / "finished").touch()
@@ -376,7 +376,7 @@ class Lab:
     @functools.cached_property
     def with_several_constraints(self):
         """Of the yardstick's instructions those of which combined.py can tell."""
-        rows = self.yardstick[0]
+        rows = [dict(row) for row in self.yardstick[0]]
         add_rivals(rows, combined.SEED)
         return list(filter(combined.is_checked_whole, rows))
 

@@ -204,6 +204,7 @@ def test_hypothesis_round_trip():
     ('"快跑，"他喊。', True), ("他问：”什么“", True),
     ("一只叫“点点”的小狗", False), ("他造了一座“桥”。", False), ("他说不行。", False), ("", False),
     ("“”", False), ("小猫说：“”。", False), ("小猫说：“", False), ("小猫问「 」", False), ("小猫说：“走吧", True),
+    ("他说：「『小猫』在哪里」", True),
 ])
 def test_dialogue(text, speaks):
     assert has_dialogue(text) is speaks

@@ -46,9 +46,9 @@ def test_what_a_story_is_worth(story, ended, reward):
 
 
 @pytest.mark.parametrize("told, listed", [
-    ("风筝，小河，皮球。", True), ("小河和皮球和风筝。", True), ("小河、皮球和风筝", True), ("皮球风筝小河", True),
-    ("小河边有皮球和风筝。", False), ("小河，皮球。风筝飞了。", False)])
-def test_three_words_with_nothing_between_them_are_a_list(told, listed):
+    ("风筝，小河，皮球。", True), ("小河、皮球\n风筝", True), ("小河；\n 风筝 皮球", True),
+    ("小河和皮球和风筝都在。", False), ("小河，小河，小河！", False), ("小河，皮球。风筝飞了。", False)])
+def test_words_with_nothing_but_marks_between_them_are_a_list(told, listed):
     assert train_rl.misused(["小河", "皮球", "风筝"], told) == listed
 
 
@@ -103,10 +103,8 @@ def test_the_probabilities_of_writing_are_those_of_training(tok):
             sampled.append(decoder(torch.tensor([ids]), pos[None])[0].log_softmax(-1)[story[i]].item())
     assert trained[y[0] != IGNORE].tolist() == pytest.approx(sampled, abs=1e-5)
     assert trained[y[0] == IGNORE].abs().max() == 0
-    some = rollouts(tok, [ROW])
-    with torch.autocast("cpu", torch.bfloat16):  # of bf16-mixed: stories are written without it, and learnt from so
-        loss, n = some.loss(model, (x, y, torch.full(y.shape, -1.0)))
-    assert loss.item() == pytest.approx(sum(sampled), rel=1e-5) and n == len(story)
+    loss = model(x, y, torch.full(y.shape, -1.0))
+    assert loss.item() == pytest.approx(sum(sampled), rel=1e-5)
 
 
 def test_story_and_end_learn_and_prompt_and_padding_do_not(tok):
@@ -261,6 +259,7 @@ def test_user_errors_are_one_line(run, tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     usual = ["--init", run.init, "--data", run.data, "--out", tmp_path / "new"]
     for argv, word in ((["--group", "1"], "--group 1"), (["--group", "0"], "--group"), (["--kl", "-1"], "--kl"),
+                       (["--dtype", "bf16-mixed"], "bf16-mixed"),
                        (["--prompts", "9" * 30], "--prompts"), (["--epochs", "1"], "--epochs"),
                        (["--grad-accum", "2"], "--grad-accum"),
                        (["--adapter", "nowhere"], "nowhere"), (["--algo", "ppo"], "--algo")):

@@ -50,7 +50,7 @@ def toy(model_dir, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "FULL_LRS", (1e-3, 1e-2))
     monkeypatch.setattr(experiments, "LORA_LRS", (1e-2,))
     monkeypatch.setattr(experiments, "WIDENED", 0)
-    monkeypatch.setattr(experiments, "PARTS_RANK", 8)
+    monkeypatch.setattr(experiments, "LORA_RANK", 8)
     monkeypatch.setattr(runs, "ORDERED", 3)
     return ["--init", str(model_dir), "--data", str(data), "--out", str(tmp_path / "out"), "--steps", "10"]
 
