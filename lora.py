@@ -44,23 +44,29 @@ OFF = {"bias": ("none",), "use_dora": (False,), "fan_in_fan_out": (False,), "ran
        "alora_invocation_tokens": ([],), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}
 
 
-class LoRALinear(nn.Module):
-    """y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ, with W the Linear's own, frozen. A (r, in) starts random, B (out, r) at 0.
+class Adapter(nn.Module):
+    """What both kinds have. scaling: "lora", scale = alpha / r; "rslora", alpha / sqrt(r) (Kalajdzievski, arXiv
+    2312.03732)."""
 
-    scaling: "lora", scale = alpha / r; "rslora", alpha / sqrt(r) (Kalajdzievski, arXiv 2312.03732).
-    """
-
-    def __init__(self, linear, r, alpha, scaling="lora", dropout=0.0):
+    def __init__(self, r, alpha, scaling, dropout):
         super().__init__()
         self.r, self.alpha, self.scaling = r, alpha, scaling
         self.scale = alpha / (r if scaling == "lora" else math.sqrt(r))
+        self.lora_dropout = nn.Dropout(dropout)
+
+
+class LoRALinear(Adapter):
+    """y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ, with W the Linear's own, frozen. A (r, in) starts random, B (out, r) at 0.
+    """
+
+    def __init__(self, linear, r, alpha, scaling="lora", dropout=0.0):
+        super().__init__(r, alpha, scaling, dropout)
         linear.requires_grad_(False)
         self.weight, self.bias = linear.weight, linear.bias  # only Qwen2's have a bias
         like = {"bias": False, "device": linear.weight.device, "dtype": linear.weight.dtype}
         self.lora_A = nn.Linear(linear.in_features, r, **like)  # kaiming_uniform(a=sqrt(5)), as PEFT's
         self.lora_B = nn.Linear(r, linear.out_features, **like)
         nn.init.zeros_(self.lora_B.weight)
-        self.lora_dropout = nn.Dropout(dropout)
 
     def factors(self, x):
         """x (..., in) -> x, W, a, B with y = x Wᵀ + a Bᵀ: (..., in), (out, in), (..., r), (out, r)."""
@@ -77,19 +83,16 @@ class LoRALinear(nn.Module):
         return self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
 
 
-class LoRAEmbedding(nn.Module):
+class LoRAEmbedding(Adapter):
     """y = W[x] + scale · B A[:, x], with W the Embedding's own, frozen. A (r, V) starts at 0, B (C, r) random, as small
     as a Linear's lora_A: PEFT's standard normal would make the steps sqrt(3 C) times as large. Nothing is dropped."""
 
     def __init__(self, embedding, r, alpha, scaling="lora", dropout=0.0):
-        super().__init__()
-        self.r, self.alpha, self.scaling = r, alpha, scaling
-        self.scale = alpha / (r if scaling == "lora" else math.sqrt(r))
+        super().__init__(r, alpha, scaling, dropout)
         self.weight = embedding.weight.requires_grad_(False)
         V, C = self.weight.shape
         self.lora_embedding_A = nn.Parameter(self.weight.new_zeros(r, V))
         self.lora_embedding_B = nn.Parameter(self.weight.new_empty(C, r).uniform_(-(C ** -0.5), C ** -0.5))
-        self.lora_dropout = nn.Dropout(dropout)
 
     def forward(self, idx):  # (B, T) -> (B, T, C)
         low = F.embedding(idx, self.lora_embedding_A.T)  # (B, T, r)
@@ -105,7 +108,7 @@ ADAPTED = {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding}
 
 def adapters(model):
     """-> {name of the module: LoRALinear or LoRAEmbedding}"""
-    return {name: module for name, module in model.named_modules() if isinstance(module, tuple(ADAPTED.values()))}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
 
 
 def own_parameters(module):

@@ -61,6 +61,7 @@ STUDY = {"run 1": (1e-4, "bf16-true", 1), "run 2": (5e-4, "bf16-true", 1), "run 
 LRS, SEEDED_LRS = (5e-5, 1e-4, 5e-4, 2e-3), (1e-4, 5e-4)  # of each precision; those with all seeds
 PRECISIONS = ("bf16-true", "bf16-mixed", "stochastic", "Kahan")
 
+
 def decay(rate):
     return [] if rate == 1 else ["--decay-rate", rate]
 
@@ -165,12 +166,14 @@ SWEEP_DTYPE = "bf16-mixed"
 FULL_LRS, LORA_LRS = (1e-4, 5e-4, 2e-3), (2e-3, 5e-3)
 FACTOR, WIDENED = 2.5, 2  # a best learning rate at the edge of its grid: further ones, so many times at most
 
+
+def adapting(r, targets):
+    """The command without its other flags; alpha is 2r, as in the study."""
+    return "lora.py", "--r", r, "--alpha", 2 * r, "--targets", targets
+
+
 def sweep_run(lab, method, lr, seed):
-    """alpha is 2r, as in the study."""
-    program = ["train_sft.py"]
-    if METHODS[method]:
-        r, targets = METHODS[method]
-        program = ["lora.py", "--r", r, "--alpha", 2 * r, "--targets", targets]
+    program = adapting(*METHODS[method]) if METHODS[method] else ("train_sft.py",)
     return lab.sft(lr, SWEEP_DTYPE, seed, program=program)
 
 
@@ -252,13 +255,13 @@ def report_sweep(lab, results):
 
 STUDY_RANKS = (8, 256)  # alpha is twice as large
 
+
 def plan_lora(lab):
     """At the study's learning rate, precision and decay (run 4's), and the best set-ups of experiment 7."""
     for seed in lab.seeds:
         yield "full", seed, study_run(lab, "run 4", seed), "eval"
         for r in STUDY_RANKS:
-            program = ("lora.py", "--r", r, "--alpha", 2 * r, "--targets", "study")
-            yield f"LoRA {r}_{2 * r}", seed, study_run(lab, "run 4", seed, program=program), "eval"
+            yield f"LoRA {r}_{2 * r}", seed, study_run(lab, "run 4", seed, program=adapting(r, "study")), "eval"
         for name, (method, lr) in best_setups(lab).items():
             yield name, seed, sweep_run(lab, method, lr, seed), "eval"
 
@@ -315,6 +318,7 @@ def report_lora(lab, results):
 # ---- 3: constraints, of the runs of 1 and 2 that are judged ----
 
 FAR = 1.2  # times the lowest loss: runs that end higher would squeeze all others together in a figure
+
 
 def plan_constraints(lab):
     yield from (job for plan in (plan_four_runs, plan_lora) for job in plan(lab) if job[-1])
@@ -473,6 +477,7 @@ def report_little_data(lab, results):
 
 REPLAYS, SEEDED_REPLAYS = (0, 0.05, 0.1, 0.25, 0.5), (0, 0.1, 0.5)
 
+
 def plan_replay(lab):
     stories = []
     if lab.data:
@@ -516,6 +521,7 @@ def report_replay(lab, results):
 
 MIXES = tuple(i / 10 for i in range(11))
 
+
 def plan_averages(lab):
     for seed in lab.seeds:
         tuned = study_run(lab, "run 4", seed)
@@ -546,6 +552,7 @@ def report_averages(lab, results):
 
 LEAKY_STORIES, LEAKY_FRACTION = 500, 0.05
 
+
 def leaky(lab, side):
     """Permuted, then split at random, as the study did: siblings of a validation row are in training."""
     rows = arranged(lab, LEAKY_STORIES, "all permutations")
@@ -574,6 +581,7 @@ def report_leak(lab, results):
 
 REWARMED = ("--lr", "3e-4", "--warmup", "15", "--max-steps", "160", "--eval-every", "160", "--seed", "2")
 BASES = {"held": "3e-4", "fallen": "2e-5"}  # --min-lr of REWARMED pretraining
+
 
 def plan_fall(lab):
     if not lab.shipped:
@@ -640,8 +648,7 @@ def plan_parts(lab):
         return
 
     def adapted(seed, targets, *more):
-        program = ("lora.py", "--r", LORA_RANK, "--alpha", 2 * LORA_RANK, "--targets", targets)
-        return lab.sft(LORA_LR, SWEEP_DTYPE, seed, *more, program=program)
+        return lab.sft(LORA_LR, SWEEP_DTYPE, seed, *more, program=adapting(LORA_RANK, targets))
 
     for seed in lab.seeds:
         for name, frozen in FROZEN.items():
