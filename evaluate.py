@@ -39,8 +39,10 @@ from constraints import (
     WORDS,
     check,
     clauses_told,
+    fold,
     outcomes,
     render,
+    sentences,
 )
 from data import builtin
 from data.judged import RARE, add_rivals, builtin_rows, checkable, read_rows
@@ -163,6 +165,12 @@ def repetition(stories):
         every = [g for s in stories for g in grams(s, n)]
         found[f"distinct{n}"] = len(set(every)) / len(every) if every else None
     return found
+
+
+def told_twice(story):
+    """Does a sentence of six characters and more come again?"""
+    told = [sentence for sentence in map(fold, sentences(story)) if len(sentence) >= 6]
+    return len(set(told)) < len(told)
 
 
 # ---- all of it ----

@@ -30,7 +30,7 @@ from data import builtin
 from data.judged import add_rivals, checkable, read_rows, refuse_handwritten
 from dataset import collate, encode_pair, encode_prompt, fingerprint
 from decoding import generate
-from evaluate import plain_loss, repetition
+from evaluate import plain_loss, repetition, told_twice
 from model import IGNORE, to_device
 from records import split_by_story
 from sample import encode_request, log_probs
@@ -58,12 +58,11 @@ def lcs_length(a, b):
 
 
 def misused(words, story):
-    """Do all the words stand in the story as a list, in any order, with nothing but marks between them? Or does it tell
-    a sentence of six characters and more twice?"""
-    told = [sentence for sentence in map(fold, sentences(story)) if len(sentence) >= 6]
+    """Do all the words stand in the story as a list, in any order, with nothing but marks between them? Or is a
+    sentence told twice?"""
     listed = len(words) > 1 and any(re.search(r"[，、；;,\s]+".join(map(re.escape, order)), story)
                                     for order in itertools.permutations(words[:5]))
-    return listed or len(set(told)) < len(told)
+    return listed or told_twice(story)
 
 
 def judge(row, story, ended, usual_repetition):

@@ -1,10 +1,12 @@
 """Where in its stories does a model tell what is asked? python study/places.py out/sft [more model directories]
 
-One story for each handwritten instruction that asks for words or a sentence, as evaluate.py has them written. Prints
-the share of the asked words, the first of the list and the others, and of the sentences that stand in each fifth of
-their stories, and of those that are missing: what is asked is not to stand behind the end, nor as a list at the start.
+One story for each handwritten instruction, as evaluate.py has them written. Prints the share of the asked words, the
+first of the list and the others, and of the sentences that stand in each fifth of their stories, and of those that are
+missing: what is asked is not to stand behind the end, nor as a list at the start. Then, how often stories begin alike,
+and how often one repeats itself.
 """
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,10 +17,11 @@ from common import command_line, fail  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from constraints import SENTENCE, WORDS, render  # noqa: E402
 from data.judged import HANDWRITTEN, read_rows  # noqa: E402
-from evaluate import write_stories  # noqa: E402
+from evaluate import told_twice, write_stories  # noqa: E402
 from study.combined import SAMPLING, SEED  # noqa: E402
 
 PARTS = 5
+BEGINNING = 10  # characters
 
 
 def places(constraints, story):
@@ -40,17 +43,26 @@ def lines(found):
         yield f"| {kind} |" + "".join(f" {share:.0%} |" for share in shares) + f" {len(where)} |"
 
 
+def alike(constraints, stories):
+    """A line on how many stories begin as another one does, and on those that tell a sentence twice."""
+    free = [story[:BEGINNING] for asked, story in zip(constraints, stories) if SENTENCE not in asked]
+    most = Counter(free).most_common(1)[0][1] if free else 0
+    return (f"{len(stories)} stories: {sum(map(told_twice, stories))} tell a sentence twice; "
+            f"of {len(free)} without an asked sentence {most} begin alike")
+
+
 def main(argv=None):
     parser = command_line("Where in its stories does a model tell what is asked?")
     parser.add_argument("ckpt", type=Path, nargs="+", help="model directories")
     args = parser.parse_args(argv)
-    rows = [row["constraints"] for row in read_rows(HANDWRITTEN) if {WORDS, SENTENCE} & row["constraints"].keys()]
+    rows = [row["constraints"] for row in read_rows(HANDWRITTEN)]
     try:
         for path in args.ckpt:
             model, tokenizer = load_model(path)
-            stories, *_ = write_stories(model.float().eval(), tokenizer, list(map(render, rows)), 1, SEED, SAMPLING)
-            print(f"{path}\n\n" + "\n".join(lines([place for row, (story,) in zip(rows, stories)
-                                                   for place in places(row, story)])) + "\n", flush=True)
+            written, *_ = write_stories(model.float().eval(), tokenizer, list(map(render, rows)), 1, SEED, SAMPLING)
+            stories = [story for story, in written]
+            found = [place for row, story in zip(rows, stories) for place in places(row, story)]
+            print("\n".join([f"{path}\n", *lines(found), f"\n{alike(rows, stories)}\n"]), flush=True)
     except (ValueError, OSError) as e:
         fail(e)
 

@@ -12,6 +12,16 @@ def test_places_and_their_table():
     assert table[3] == "| other words | 0% | 0% | 0% | 50% | 0% | 50% | 2 |"
 
 
+def test_beginnings_and_repetitions():
+    rows = [{"词汇": ["桥"]}, {"词汇": ["雨"]}, {"词汇": ["猫"]}, {"随机句子": "天黑了。"}]
+    stories = ["从前有一座小小的石桥。雨停了。", "从前有一座小小的石桥。过桥去。过桥去。", "猫。", "桥。"]
+    said = "4 stories: {} tell a sentence twice; of 3 without an asked sentence 2 begin alike"
+    assert places.alike(rows, stories) == said.format(0)
+    stories[0] += "从前有一座小小的石桥！"
+    assert places.alike(rows, stories) == said.format(1)
+    assert places.alike(rows[3:], stories[:1]).endswith("of 0 without an asked sentence 0 begin alike")
+
+
 def test_the_command(model_dir, capsys, monkeypatch, tmp_path, refused):
     monkeypatch.setattr(places, "SAMPLING", places.SAMPLING | {"max_new_tokens": 4})
     monkeypatch.setattr(places, "HANDWRITTEN", tmp_path / "rows.jsonl")
@@ -19,5 +29,5 @@ def test_the_command(model_dir, capsys, monkeypatch, tmp_path, refused):
                                          encoding="utf-8")
     places.main([str(model_dir)])
     out = capsys.readouterr().out
-    assert out.startswith(str(model_dir)) and out.rstrip().endswith("| 1 |")
+    assert out.startswith(str(model_dir)) and "| 1 |" in out and "2 stories: " in out
     refused(places.main, [tmp_path], tmp_path)
