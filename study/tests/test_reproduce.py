@@ -17,6 +17,7 @@ import pretrain
 import sample
 import train_sft
 from checkpoint import WEIGHTS, gpt_config
+from constraints import KEYS
 from data import builtin
 from study import experiments, findings, reproduce, runs
 
@@ -240,13 +241,16 @@ def test_a_base_of_a_quarter_of_the_tokens(model_dir, tmp_path, monkeypatch):
     [quarter] = [row for row in table if row["key"] == "pretraining a quarter"]
     assert "--epochs 0.25" in quarter["command"]
     before = {row["key"]: float(row["base_loss"]) for row in table if row["key"].startswith("base")}
-    assert before["base of a quarter"] != before["base"] and len(table) == 4 + 2 + 1 + 6
+    assert before["base of a quarter"] != before["base"] and len(table) == 5 + 2 + 1 + 6
     # two bases, one of which was held at its learning rate, each fine-tuned with both decays
     fall = {row["key"]: float(row["base_loss"]) for row in table if row["experiment"] == "8"}
     assert fall["held 1"] == fall["held 2"] != fall["fallen 1"] == fall["fallen 2"] != before["base"]
     assert "base of a quarter" in (tmp_path / "report.md").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in open(tmp_path / "data" / "10-all permutations.jsonl", encoding="utf-8")]
     assert len({row["output"] for row in rows}) == 10 < len(rows)
+    fixed = [json.loads(line) for line in open(tmp_path / "data" / "20-fixed order.jsonl", encoding="utf-8")]
+    keys = [[line.split("：")[0] for line in row["instruction"].split("\n")] for row in fixed]
+    assert keys == [sorted(some, key=KEYS.index) for some in keys] and max(map(len, keys)) > 1
     held = {json.loads(line)["output"] for line in open(tmp_path / "data" / "val.jsonl", encoding="utf-8")}
     assert held and not held & {row["output"] for row in rows}
 
@@ -318,7 +322,7 @@ def test_the_leaky_split_leaks_and_ours_does_not(toy, tmp_path):
     sides = [{story for _, story in experiments.leaky(lab, side)} for side in ("train", "val")]
     assert sides[1] and not sides[0] & {story for _, story in lab.pairs[1]}
     rows = [experiments.leaky(lab, side) for side in ("train", "val")]
-    assert sorted(rows[0] + rows[1]) == sorted(experiments.arranged(lab, 16, "all permutations"))
+    assert sorted(rows[0] + rows[1]) == sorted(experiments.arranged(lab, 16, experiments.ALL))
 
 
 # ---- the optimizers ----
