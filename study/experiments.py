@@ -23,7 +23,17 @@ from data import generate
 from data.builtin import SEEDS as BUILTIN_SEEDS
 from records import story_hash
 from study import report, runs
-from study.findings import MARGIN, SEEDS, Finding, Results, mean_and_range, measures_of, measures_table, seeds_needed
+from study.findings import (
+    MARGIN,
+    MORE_SEEDS,
+    SEEDS,
+    Finding,
+    Results,
+    mean_and_range,
+    measures_of,
+    measures_table,
+    seeds_needed,
+)
 from study.runs import Mix, Run
 from study.spread import spread
 
@@ -35,6 +45,11 @@ def collect(lab, number):
         if known := lab.result(run):
             results[name, seed] = known | known.get("eval", {}) | measures_of(known) | {"run": run}
     return results
+
+
+def more_seeds(lab):
+    """For comparisons that the lab's seeds leave undecided; none where it is a quick look at one seed."""
+    return MORE_SEEDS if len(lab.seeds) > 1 else ()
 
 
 def draw_losses(results, path, xlabel):
@@ -86,6 +101,10 @@ def plan_four_runs(lab):
             for lr in LRS if seed == SEEDS[0] and len(lab.seeds) > 1 else SEEDED_LRS:
                 yield ((precision, lr), seed, precision_run(lab, precision, lr, seed),
                        "eval" if precision == "bf16-mixed" else None)
+    for seed in more_seeds(lab):  # does a faster fall do better?
+        for name in ("run 2", "run 3", "run 4"):
+            yield name, seed, study_run(lab, name, seed), "eval"
+        yield ("bf16-mixed", 5e-4), seed, precision_run(lab, "bf16-mixed", 5e-4, seed), "eval"
 
 
 def report_four_runs(lab, results):
@@ -262,6 +281,7 @@ def plan_lora(lab):
         yield "full", seed, study_run(lab, "run 4", seed), "eval"
         for r in STUDY_RANKS:
             yield f"LoRA {r}_{2 * r}", seed, study_run(lab, "run 4", seed, program=adapting(r, "study")), "eval"
+    for seed in (*lab.seeds, *more_seeds(lab)):  # are they alike?
         for name, (method, lr) in best_setups(lab).items():
             yield name, seed, sweep_run(lab, method, lr, seed), "eval"
 
@@ -322,7 +342,7 @@ FAR = 1.2  # times the lowest loss: runs that end higher would squeeze all other
 
 def plan_constraints(lab):
     yield from (job for plan in (plan_four_runs, plan_lora) for job in plan(lab) if job[-1])
-    for seed in lab.seeds:
+    for seed in (*lab.seeds, *more_seeds(lab)):
         yield "run 4", seed, study_run(lab, "run 4", seed), "combined"
 
 
@@ -355,7 +375,7 @@ def report_constraints(lab, results):
         report.figure(lab.out / "loss-obedience.png", "A point a run: what it meets over how low it ends; without runs "
                                                       f"that end above {FAR:g} times the lowest loss"),
     ]
-    pairs = [pair for seed in SEEDS if (pair := results.get(("run 4", seed), {}).get("combined"))]
+    pairs = results.per_seed("run 4", "combined")
     if pairs:
         kinds = [name for name in pairs[0] if all(name in pair for pair in pairs)]
         blocks += [
@@ -660,7 +680,8 @@ def plan_parts(lab):
             yield name, seed, lab.sft(FULL_LR, SWEEP_DTYPE, seed, frozen=frozen), "eval"
         for name, targets in ADAPTED.items():
             yield name, seed, adapted(seed, targets), "eval"
-        init = ["--init", spread_base(lab)]
+    init = ["--init", spread_base(lab)]
+    for seed in (*lab.seeds, *more_seeds(lab)):
         yield "full, spread base", seed, lab.sft(FULL_LR, SWEEP_DTYPE, seed, *init), "eval"
         yield "LoRA, all-linear, spread base", seed, adapted(seed, "all-linear", *init), "eval"
 
