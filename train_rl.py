@@ -100,7 +100,7 @@ class Rollouts:
     token's weight is its story's advantage - kl · (log p - log p of the reference).
     """
 
-    def __init__(self, model, tokenizer, rows, reference, *, algo="pg", prompts=16, group=8, batch_size=16, kl=0.0,
+    def __init__(self, model, tokenizer, rows, reference, *, algo="pg", prompts=32, group=8, batch_size=16, kl=0.0,
                  seed=1337, max_new_tokens=400, plain=()):
         self.model, self.tokenizer, self.rows, self.reference, self.plain = model, tokenizer, rows, reference, plain
         self.algo, self.prompts, self.group, self.batch_size = algo, prompts, group, batch_size
@@ -211,10 +211,10 @@ def parse_args(argv=None):
     flag("--adapter", type=to_path, help="LoRA adapter directory on --init: train the adapter only")
     flag("--algo", choices=["pg", "rft"], default="pg",
          help="policy gradient, or rejection sampling: only stories that meet everything (default: %(default)s)")
-    flag("--prompts", type=count, default=16, help="instructions of a step (default: %(default)s)")
+    flag("--prompts", type=count, default=32, help="instructions of a step (default: %(default)s)")
     flag("--group", type=count, default=8, help="stories an instruction (default: %(default)s)")
     flag("--kl", type=not_negative(float), default=0.0, help="weight of a KL penalty to the start (default: 0)")
-    parser.set_defaults(out=Path("out/rl"), lr=1e-4, max_steps=150, warmup=5, dtype="32-true")
+    parser.set_defaults(out=Path("out/rl"), lr=3e-5, max_steps=40, warmup=5, dtype="32-true")
     args = train_sft.parse(parser, argv, fixed=("init", "adapter", "algo", "prompts", "group", "kl"))
     if args.group < 2 and args.algo == "pg":
         fail("--group 1: a story is compared with the others of its group")
