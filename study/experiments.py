@@ -375,7 +375,7 @@ def report_constraints(lab, results):
         report.figure(lab.out / "loss-obedience.png", "A point a run: what it meets over how low it ends; without runs "
                                                       f"that end above {FAR:g} times the lowest loss"),
     ]
-    pairs = results.per_seed("run 4", "combined")
+    pairs = list(filter(None, results.per_seed("run 4", "combined")))  # {}: no instruction has two constraints
     if pairs:
         kinds = [name for name in pairs[0] if all(name in pair for pair in pairs)]
         blocks += [

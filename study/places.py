@@ -44,7 +44,8 @@ def lines(found):
 
 
 def alike(constraints, stories):
-    """A line on how many stories begin as another one does, and on those that tell a sentence twice."""
+    """A line: how many stories tell a sentence twice, and how many, at most, have one and the same beginning. Where a
+    sentence is asked for, the story begins with it: those do not count."""
     free = [story[:BEGINNING] for asked, story in zip(constraints, stories) if SENTENCE not in asked]
     most = Counter(free).most_common(1)[0][1] if free else 0
     return (f"{len(stories)} stories: {sum(map(told_twice, stories))} tell a sentence twice; "
